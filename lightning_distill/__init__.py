@@ -1,0 +1,49 @@
+"""Knowledge distillation for PyTorch Lightning.
+
+Public names are imported when they are first used: ``import lightning_distill`` alone costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_distill.compare import Comparison, Experiment, compare
+    from lightning_distill.modules import KD, DistillationModule
+    from lightning_distill.outputs import Outputs, Step
+    from lightning_distill.tasks import Classification, Regression, SequenceClassification, Task
+
+__version__ = "0.1.0.dev0"
+
+_ROOMS = {
+    "lightning_distill.compare": ("Comparison", "Experiment", "compare"),
+    "lightning_distill.modules": ("KD", "DistillationModule"),
+    "lightning_distill.outputs": ("Outputs", "Step"),
+    "lightning_distill.tasks": ("Classification", "Regression", "SequenceClassification", "Task"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "KD",
+    "Classification",
+    "Comparison",
+    "DistillationModule",
+    "Experiment",
+    "Outputs",
+    "Regression",
+    "SequenceClassification",
+    "Step",
+    "Task",
+    "compare",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ROOM_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

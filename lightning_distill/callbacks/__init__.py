@@ -1,0 +1,10 @@
+"""Callbacks that turn a module's knobs."""
+
+if __name__ == "callbacks":
+    raise ImportError(
+        "import lightning_distill.callbacks, not callbacks: the latter would be a second copy of each class"
+    )
+
+from lightning_distill.callbacks.temperature import TemperatureAnnealing
+
+__all__ = ["TemperatureAnnealing"]

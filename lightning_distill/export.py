@@ -1,0 +1,42 @@
+"""A trained network on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+
+def write_network(network: nn.Module, path: Path, *, overwrite: bool = False) -> None:
+    """Write the weights of ``network`` to ``path``, whole or not at all.
+
+    Args:
+        network: Any module; a transformers model is written with its configuration.
+        path: A ``.safetensors`` file; for a transformers model also a folder, as ``from_pretrained`` reads it.
+        overwrite: Whether something at ``path`` may be replaced.
+
+    Raises:
+        FileExistsError: If there is something at ``path`` and ``overwrite`` is False.
+        ValueError: If ``path`` is no such file, and the network cannot be written to a folder.
+    """
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{str(path)!r} exists. Choose another path, or pass `overwrite=True`.")
+    save_pretrained = getattr(network, "save_pretrained", None)
+    if path.suffix != ".safetensors" and save_pretrained is None:
+        raise ValueError(f"`path` must end in '.safetensors', got {str(path)!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        draft = Path(folder) / path.name
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_model
+
+            save_model(network, str(draft))
+        else:
+            assert save_pretrained is not None
+            save_pretrained(draft)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(draft, path)

@@ -1,0 +1,390 @@
+"""The LightningModule under every technique."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_distill.export import write_network
+from lightning_distill.losses.term import Term, reduce_items
+from lightning_distill.modules.evaluation import Evaluation
+from lightning_distill.modules.hyperparameters import save_plain_hyperparameters
+from lightning_distill.modules.item_count import Count, ItemCount
+from lightning_distill.modules.loss_log import LossLog
+from lightning_distill.modules.random_state import random_states_of_all_ranks, set_random_state
+from lightning_distill.outputs import Outputs, Step
+from lightning_distill.taps import Taps
+from lightning_distill.tasks import Classification, Task
+from lightning_distill.teachers.build import TeacherLike, build_teacher
+from lightning_distill.weighting import FixedWeights, Weighting
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+Temperature = float | Callable[[Step], float | Tensor]
+ItemWeights = Mapping[str, Callable[[Step], Tensor]]
+EVERY_TERM = "*"
+
+
+class DistillationModule(L.LightningModule):
+    """Train ``student`` on a weighted sum of loss terms, each of which may compare it with ``teacher``.
+
+    The loss of an optimizer step is the mean over all of its items (samples, or tokens), each item contributing
+    ``sum(weight * term)``; an item without a label contributes nothing to terms on labels. It is the same however the
+    items are split over micro-batches (``accumulate_grad_batches``) and processes.
+
+    Callbacks turn the knobs that are public attributes, read anew in every step: ``temperature``, ``weighting``,
+    ``item_weights``, ``teacher``, ``terms``, ``batch_transform``.
+
+    Logs, every ``log_every_n_steps`` of the Trainer, the means since the last entry: ``train/loss``, ``train/<term>``
+    and ``train_weighted/<term>``; per validation or test epoch the task's metrics, ``agreement`` and ``fidelity`` with the
+    teacher, and the losses, as ``val/…`` and ``test/…``.
+
+    Args:
+        student: The network that is trained, or a Hugging Face name or path.
+        teacher: What teaches: a network (frozen in place), a Hugging Face name or path, a function of the batch that
+            returns logits, a :class:`~lightning_distill.teachers.Teacher`; or ``None``, for terms that need none, and
+            for inference.
+        terms: Loss terms by name.
+        weights: Weight of each term by name, or a :class:`~lightning_distill.weighting.Weighting`. Default 1 each.
+        temperature: Positive number, or a rule: a function of the :class:`~lightning_distill.outputs.Step` that
+            returns one, or one per item.
+        task: How a batch is read and what counts as right. Default :class:`~lightning_distill.tasks.Classification`.
+        optimizer: Builds the optimizer from parameter groups, as ``partial(SGD, lr=0.1)``. Default ``AdamW(lr=1e-3)``.
+        lr_scheduler: Builds the scheduler from the optimizer. Default: none.
+        lr_interval: Whether the scheduler steps every ``"epoch"`` or every ``"step"``.
+        batch_transform: Changes each training batch before student and teacher both see it (mixup).
+        item_weights: Functions of the step that weigh the items, by term name or ``"*"`` for every term.
+
+    Raises:
+        ValueError: If an argument has a bad value: no terms, a weight for a term that is not there, a term without a
+            weight, ``temperature <= 0`` …
+        TypeError: If an argument has a wrong type.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | str,
+        teacher: TeacherLike = None,
+        *,
+        terms: Mapping[str, Term],
+        weights: Mapping[str, float] | Weighting | None = None,
+        temperature: Temperature = 1.0,
+        task: Task | None = None,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        batch_transform: Callable[[Any], Any] | None = None,
+        item_weights: ItemWeights | None = None,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self)
+        self.task = task if task is not None else Classification()
+        _check_type("task", self.task, Task)
+        self.student = self.task.load(student) if isinstance(student, str) else student
+        _check_type("student", self.student, nn.Module)
+        self.teacher = build_teacher(teacher, self.task)
+        self.terms = nn.ModuleDict(_checked_terms(terms))
+        self.weighting = _build_weighting(weights, terms)
+        self.temperature = _checked_temperature(temperature)
+        self.batch_transform = batch_transform
+        self.item_weights = _checked_item_weights(item_weights or {}, terms)
+        for name, factory in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
+            if factory is not None and not callable(factory):
+                raise TypeError(
+                    f"`{name}` must build one, for instance `functools.partial(torch.optim.SGD, lr=0.1)`, "
+                    f"got {type(factory).__name__}."
+                )
+        if lr_interval not in ("epoch", "step"):
+            raise ValueError(f"`lr_interval` must be 'epoch' or 'step', got {lr_interval!r}.")
+        self.optimizer_factory = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+        self.scheduler_factory = lr_scheduler
+        self.lr_interval = lr_interval
+
+        self._taps = Taps(self.student, (name for term in terms.values() for name in term.student_taps))
+        if self.teacher is not None:
+            self.teacher.tap(dict.fromkeys(name for term in terms.values() for name in term.teacher_taps))
+        self._items = ItemCount()
+        self._loss_log = LossLog()
+        self._evaluations: dict[int, Evaluation] = {}
+        self._unseen = True  # no batch was checked yet
+        self._total_steps = math.inf
+        self._last_flush = -1
+        self._random_states: list[dict[str, Any]] | None = None
+
+    # A batch on its way: batch -> Step -> losses -> one scalar. Usable without a Trainer.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's forward."""
+        return self.student(*args, **kwargs)
+
+    def observe(self, batch: Any) -> Step:
+        """Let the teacher and the student speak about ``batch``."""
+        teacher = self.teacher(batch, self.task) if self.teacher is not None else None
+        student = self.task.run(self.student, batch)
+        student.features.update(self._taps.take())
+        step = Step(
+            batch=batch,
+            student=student,
+            teacher=teacher,
+            labels=self.task.labels(batch),
+            mask=self.task.mask(batch, student),
+            index=self.task.index(batch),
+        )
+        if self._trainer is not None:
+            step.step, step.epoch = self.trainer.global_step, self.trainer.current_epoch
+            step.progress = min(step.step / self._total_steps, 1.0)
+        step.temperature = self.temperature(step) if callable(self.temperature) else self.temperature
+        if self._unseen:
+            _check_first(step, self.task)
+            self._unseen = False
+        return step
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """The loss of each term: scalars, means over the items that count."""
+        return {
+            name: reduce_items(term(step), step.mask, self._weights_of(name, step)) for name, term in self.terms.items()
+        }
+
+    # The Trainer's hooks.
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One batch: its losses, weighted, as one scalar."""
+        if self.batch_transform is not None:
+            batch = self.batch_transform(batch)
+        step = self.observe(batch)
+        losses = self.losses(step)
+        total: Tensor = self.weighting(losses)
+        self._loss_log.add(losses, total)
+        return self._items.scale(total, _count(step), over_ranks=self._over_ranks)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the accumulated gradient that of the mean over all items of the step."""
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        self._items.correct(parameters, self.trainer.accumulate_grad_batches, over_ranks=self._over_ranks)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the losses when the Trainer's log is due."""
+        step = self.trainer.global_step
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set, but not declared, by Trainer
+        if step % max(every, 1) == 0 and step != self._last_flush:
+            self._last_flush = step
+            entry = self._loss_log.flush(self.weighting.weights(), self._over_ranks)
+            if entry:
+                self.log("train/loss", entry.pop("train/loss"), prog_bar=True, batch_size=1)
+                self.log_dict(entry, batch_size=1)
+
+    def on_fit_start(self) -> None:
+        """Refuse a run that lacks a teacher, before anything is written."""
+        if self.teacher is None and (needy := [name for name, term in self.terms.items() if _needs_teacher(term)]):
+            raise ValueError(
+                f"`teacher` is None, but the loss terms {needy} compare the student with one. Pass `teacher=...`, or "
+                "train on labels alone (for `KD`: `alpha=1.0`)."
+            )
+
+    def on_train_start(self) -> None:
+        """Learn how long the training is; continue the random numbers of a resumed run."""
+        self._total_steps = self.trainer.estimated_stepping_batches or math.inf
+        self._last_flush = self.trainer.global_step
+        if self._random_states is not None:
+            if len(self._random_states) == self.trainer.world_size:
+                set_random_state(self._random_states[self.trainer.global_rank])
+            self._random_states = None
+
+    def on_fit_end(self) -> None:
+        """Refuse to have trained on nothing."""
+        if self.trainer.num_training_batches == 0:
+            raise ValueError(
+                "The training data loader is empty: it gave 0 batches, expected at least 1. Look at the length of the "
+                "data set, `drop_last` (a batch size larger than the data set) and `limit_train_batches`."
+            )
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure one batch of a validation set."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure one batch of a test set."""
+        self._evaluate(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was measured as ``val/…``."""
+        self._log_evaluations("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was measured as ``test/…``."""
+        self._log_evaluations("test")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """The student's ``logits`` and ``predictions``, and the samples' ``index`` where the batch has one."""
+        logits = self.task.run(self.student, batch).logits
+        index = self.task.index(batch)
+        said = {"logits": logits, "predictions": self.task.predictions(logits)}
+        return said if index is None else said | {"index": index}
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the student, the terms' own parameters and, without weight decay, the weighting's."""
+        trained = [p for part in (self.student, self.terms) for p in part.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("The student has no trainable parameter: `requires_grad` is False for all of them.")
+        groups: list[dict[str, Any]] = [{"params": trained}]
+        if learned := list(self.weighting.parameters()):
+            groups.append({"params": learned, "weight_decay": 0.0})
+        optimizer = self.optimizer_factory(groups)
+        if self.scheduler_factory is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.scheduler_factory(optimizer), "interval": self.lr_interval},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of every process's random numbers."""
+        checkpoint["random_states"] = random_states_of_all_ranks()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random numbers' state until the training starts."""
+        self._random_states = checkpoint.get("random_states")
+
+    def export(self, path: str | Path | None = None, *, overwrite: bool = False) -> nn.Module:
+        """The student alone: its own class, in eval mode, on the CPU, with no trace of the distillation.
+
+        Args:
+            path: Where to write it: a ``.safetensors`` file, or, for a transformers model, a folder as
+                ``from_pretrained`` reads it. ``None`` writes nothing.
+            overwrite: Whether something at ``path`` may be replaced.
+
+        Raises:
+            FileExistsError: If there is something at ``path`` and ``overwrite`` is False.
+            ValueError: If ``path`` is neither.
+        """
+        names = self._taps.names
+        self._taps.remove()  # hooks would be copied
+        try:
+            student = copy.deepcopy(self.student).cpu().eval()
+        finally:
+            self._taps = Taps(self.student, names)
+        if path is not None:
+            write_network(student, Path(path), overwrite=overwrite)
+        return student
+
+    # Helpers.
+
+    @property
+    def _over_ranks(self) -> Callable[[Tensor], Tensor] | None:
+        """Mean of a tensor over the processes; ``None`` if there is one process."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return None
+        return self._mean_over_ranks
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        mean = self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        return mean
+
+    def _weights_of(self, term: str, step: Step) -> Tensor | None:
+        weights = None
+        for key in (EVERY_TERM, term):
+            if key in self.item_weights:
+                found = self.item_weights[key](step)
+                weights = found if weights is None else weights * found
+        return weights
+
+    def _evaluate(self, batch: Any, dataloader_idx: int) -> None:
+        step = self.observe(batch)
+        if dataloader_idx not in self._evaluations:
+            self._evaluations[dataloader_idx] = Evaluation(self.task, step.student)
+        evaluation = self._evaluations[dataloader_idx]
+        evaluation.update(step)
+        if self.teacher is not None or not any(map(_needs_teacher, self.terms.values())):
+            losses = self.losses(step)
+            evaluation.update_losses({"loss": self.weighting(losses), **losses}, _count(step))
+
+    def _log_evaluations(self, stage: str) -> None:
+        for loader, evaluation in self._evaluations.items():
+            suffix = f"/loader_{loader}" if len(self._evaluations) > 1 else ""
+            values = {f"{stage}/{name}{suffix}": value for name, value in evaluation.compute().items()}
+            self.log_dict(values, batch_size=1)
+        self._evaluations = {}
+
+
+def _count(step: Step) -> Count:
+    """Items of the step that count; a tensor where only the device knows."""
+    return math.prod(step.student.item_shape) if step.mask is None else step.mask.sum()
+
+
+def _needs_teacher(term: nn.Module) -> bool:
+    return bool(getattr(term, "needs_teacher", True))
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be a {kind.__module__.split('.')[0]} {kind.__name__}, got {type(value).__name__}."
+        )
+
+
+def _checked_terms(terms: Mapping[str, Term]) -> dict[str, Term]:
+    if not isinstance(terms, Mapping) or not terms:
+        raise ValueError(f"`terms` must be loss terms by name, at least one, got {terms!r}.")
+    for name, term in terms.items():
+        if not isinstance(term, Term):
+            raise TypeError(
+                f"`terms[{name!r}]` must be a loss term from `lightning_distill.losses` or a subclass of `Term`, "
+                f"got {type(term).__name__}."
+            )
+    return dict(terms)
+
+
+def _build_weighting(weights: Mapping[str, float] | Weighting | None, terms: Mapping[str, Term]) -> Weighting:
+    if isinstance(weights, Weighting):
+        return weights
+    if weights is None:
+        return FixedWeights(dict.fromkeys(terms, 1.0))
+    if unknown := [name for name in weights if name not in terms]:
+        raise ValueError(f"`weights` names {unknown}, which are no terms; there are {list(terms)}.")
+    if missing := [name for name in terms if name not in weights]:
+        raise ValueError(f"`weights` has no weight for {missing}; give each term one: {dict.fromkeys(terms, 1.0)}.")
+    return FixedWeights(weights)
+
+
+def _checked_temperature(temperature: Temperature) -> Temperature:
+    if callable(temperature):
+        return temperature
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"`temperature` must be a number or a function of the step, got {type(temperature).__name__}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
+    return float(temperature)
+
+
+def _checked_item_weights(rules: ItemWeights, terms: Mapping[str, Term]) -> dict[str, Callable[[Step], Tensor]]:
+    if unknown := [name for name in rules if name != EVERY_TERM and name not in terms]:
+        raise ValueError(
+            f"`item_weights` names {unknown}, which are no terms; there are {list(terms)} and '*' for all."
+        )
+    return dict(rules)
+
+
+def _check_first(step: Step, task: Task) -> None:
+    """Look at the first batch for what would otherwise go wrong silently, or far from its cause."""
+    task.check(step.student, step.labels)
+    for who, outputs in (("student", step.student), ("teacher", step.teacher)):
+        if outputs is not None and outputs.has_logits and not outputs.logits.isfinite().all():
+            raise ValueError(_non_finite(who, outputs))
+
+
+def _non_finite(who: str, outputs: Outputs) -> str:
+    bad = int((~outputs.logits.isfinite()).sum())
+    return (
+        f"The {who}'s logits are not finite for the first batch: {bad} of {outputs.logits.numel()} are NaN or "
+        f"infinite. Look at the {who}'s weights, its precision (fp16 overflows at 65504) and the inputs' scale."
+    )

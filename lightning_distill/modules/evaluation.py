@@ -1,0 +1,63 @@
+"""What is measured of a student on a validation or test set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from lightning_distill.metrics import Agreement, Fidelity
+from lightning_distill.outputs import Outputs, Step
+from lightning_distill.tasks import Task
+
+
+class Evaluation:
+    """The task's metrics of a student, and, beside a teacher, how well it imitates.
+
+    With a teacher of the same output shape: ``agreement`` (share of items on which both decide alike) and ``fidelity``
+    (mean KL divergence from the teacher, nats, temperature 1). Values are exact over all processes.
+
+    Args:
+        task: Which metrics there are.
+        outputs: The student's first outputs: number of classes and device.
+    """
+
+    def __init__(self, task: Task, outputs: Outputs) -> None:
+        device = outputs.logits.device
+        self._task = task
+        self._own = {name: metric.to(device) for name, metric in task.metrics(outputs).items()}
+        self._pair: dict[str, Metric] = (
+            {"agreement": Agreement().to(device), "fidelity": Fidelity().to(device)} if task.imitable else {}
+        )
+        self._losses: dict[str, MeanMetric] = {}
+        self._fed: set[str] = set()
+
+    def update(self, step: Step) -> None:
+        """Take in one batch."""
+        scored = self._task.evaluable(step.student, step.labels, step.mask)
+        if scored is not None:
+            self._update(self._own, *scored)
+        if step.teacher is not None and step.teacher.logits.shape == step.student.logits.shape:
+            student, teacher = step.student.logits, step.teacher.logits
+            if step.mask is not None:
+                student, teacher = student[step.mask], teacher[step.mask]
+            self._update(self._pair, student.float(), teacher.float())
+
+    def update_losses(self, losses: Mapping[str, Tensor], items: int | Tensor) -> None:
+        """Take in the losses of one batch, means over ``items``."""
+        for name, value in losses.items():
+            metric = self._losses.setdefault(name, MeanMetric().to(value.device))
+            metric.update(value.detach(), torch.as_tensor(items, device=value.device))
+            self._fed.add(name)
+
+    def compute(self) -> dict[str, Tensor]:
+        """All values by name, over all processes; what never got an item is left out."""
+        metrics = {**self._own, **self._pair, **self._losses}
+        return {name: metric.compute() for name, metric in metrics.items() if name in self._fed}
+
+    def _update(self, metrics: Mapping[str, Metric], predictions: Tensor, target: Tensor) -> None:
+        for name, metric in metrics.items():
+            metric.update(predictions, target)
+            self._fed.add(name)

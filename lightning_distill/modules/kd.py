@@ -1,0 +1,96 @@
+"""Distillation from a teacher's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_distill.losses.term import Term
+from lightning_distill.modules.base import (
+    DistillationModule,
+    ItemWeights,
+    OptimizerFactory,
+    SchedulerFactory,
+    Temperature,
+)
+from lightning_distill.tasks import Classification, Task
+from lightning_distill.teachers.build import TeacherLike
+from lightning_distill.weighting import Weighting
+
+
+class KD(DistillationModule):
+    """Train ``student`` on labels and on the softened predictions of ``teacher`` (Hinton, Vinyals and Dean 2015).
+
+    ``loss = alpha * hard + (1 - alpha) * soft``, where ``hard`` is the cross-entropy with the labels and ``soft`` the
+    forward KL divergence from the teacher at ``temperature``, times its square. Samples without a label (``-100``) are
+    taught by the teacher alone.
+
+    Args:
+        student: See :class:`DistillationModule`, as for all arguments not listed here.
+        teacher: See :class:`DistillationModule`. ``None`` needs ``alpha=1.0`` to train.
+        temperature: Of the soft targets, positive; or a rule.
+        alpha: Weight of the labels' loss, in [0, 1]; the teacher's gets ``1 - alpha``. With 1 the teacher, if there
+            is one, only serves to measure agreement. Default 0.3.
+        terms: Loss terms beside, or instead of, ``"hard"`` and ``"soft"``: ``{"soft": DKD()}`` replaces the
+            divergence.
+        weights: Weights of ``terms``, 1 by default. ``"hard"`` and ``"soft"`` have theirs from ``alpha``. Or a
+            :class:`~lightning_distill.weighting.Weighting` of all terms; then ``alpha`` has no effect below 1.
+        task: See :class:`DistillationModule`.
+        optimizer: See :class:`DistillationModule`.
+        lr_scheduler: See :class:`DistillationModule`.
+        lr_interval: See :class:`DistillationModule`.
+        batch_transform: See :class:`DistillationModule`.
+        item_weights: See :class:`DistillationModule`.
+
+    Raises:
+        ValueError: If ``alpha`` is outside [0, 1], or as :class:`DistillationModule`.
+
+    Example:
+        >>> module = KD(nn.Linear(4, 3), nn.Linear(4, 3), temperature=4.0, alpha=0.5)
+        >>> module.weighting.weights()
+        {'hard': 0.5, 'soft': 0.5}
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | str,
+        teacher: TeacherLike = None,
+        temperature: Temperature = 4.0,
+        alpha: float = 0.3,
+        *,
+        terms: Mapping[str, Term] | None = None,
+        weights: Mapping[str, float] | Weighting | None = None,
+        task: Task | None = None,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        batch_transform: Callable[[Any], Any] | None = None,
+        item_weights: ItemWeights | None = None,
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"`alpha`, the weight of the labels' loss, must be in [0, 1], got {alpha}.")
+        task = task if task is not None else Classification()
+        own: dict[str, Term] = {"hard": task.hard_term()}
+        own_weights = {"hard": float(alpha)}
+        if alpha < 1:
+            own["soft"] = task.soft_term()
+            own_weights["soft"] = 1.0 - alpha
+        more = dict(terms or {})
+        all_weights = (
+            weights if isinstance(weights, Weighting) else dict.fromkeys(more, 1.0) | own_weights | dict(weights or {})
+        )
+        super().__init__(
+            student,
+            teacher,
+            terms=own | more,
+            weights=all_weights,
+            temperature=temperature,
+            task=task,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_interval=lr_interval,
+            batch_transform=batch_transform,
+            item_weights=item_weights,
+        )

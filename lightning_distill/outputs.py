@@ -1,0 +1,98 @@
+"""What a network said about a batch, and what a loss term gets to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNLABELLED = -100
+"""Class index of an item without a label; torch's and transformers' ``ignore_index``."""
+
+
+class Outputs:
+    """What one network said about one batch.
+
+    Args:
+        logits: Unnormalised scores, shape ``(items..., C)`` (``(B, D)`` predictions for a regression).
+        features: Tapped activations by tap name.
+        attentions: Attention maps by name, each of shape ``(B, heads, queries, keys)``.
+        hidden: Last hidden state, shape ``(items..., d)``. With ``head`` it stands for ``logits``, which are
+            then computed when somebody asks and not before.
+        head: Maps ``hidden`` to logits.
+
+    Raises:
+        ValueError: If there are neither ``logits`` nor both of ``hidden`` and ``head``.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor | None = None,
+        *,
+        features: Mapping[str, Tensor] | None = None,
+        attentions: Mapping[str, Tensor] | None = None,
+        hidden: Tensor | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if logits is None and (hidden is None or head is None):
+            raise ValueError("`Outputs` needs `logits`, or both of `hidden` and `head` to compute them from.")
+        self._logits = logits
+        self.features = dict(features or {})
+        self.attentions = dict(attentions or {})
+        self.hidden = hidden
+        self.head = head
+
+    @property
+    def logits(self) -> Tensor:
+        """Unnormalised scores, shape ``(items..., C)``; computed once from ``hidden`` where they were not given."""
+        if self._logits is None:
+            assert self.head is not None
+            assert self.hidden is not None
+            self._logits = self.head(self.hidden)
+        return self._logits
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether ``logits`` exist already, that is, cost nothing to read."""
+        return self._logits is not None
+
+    @property
+    def item_shape(self) -> torch.Size:
+        """Shape of the items (samples, or tokens): that of the logits without the class dimension."""
+        source = self._logits if self._logits is not None else self.hidden
+        assert source is not None
+        return source.shape[:-1]
+
+
+@dataclass
+class Step:
+    """One batch as the loss terms see it.
+
+    Attributes:
+        batch: The batch as the data loader made it, after transfer to the device.
+        student: What the student said.
+        teacher: What the teacher said; ``None`` in a control run without one.
+        labels: Class indices of the item shape, :data:`UNLABELLED` where there is none; or class probabilities
+            of the item shape plus ``(C,)``; or regression targets. ``None`` if the batch has no labels at all.
+        mask: Which items count (padding does not), boolean, of the item shape; ``None`` if all do.
+        temperature: Of the distillation; a number, or one value per item.
+        index: Identity of each sample in its data set, shape ``(B,)``, where the data module gives it.
+        step: Optimizer steps done so far.
+        epoch: Epochs done so far.
+        progress: Fraction of the training done, in [0, 1].
+    """
+
+    batch: Any
+    student: Outputs
+    teacher: Outputs | None = None
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    index: Tensor | None = None
+    step: int = 0
+    epoch: int = 0
+    progress: float = 0.0
+    extras: dict[str, Any] = field(default_factory=dict)

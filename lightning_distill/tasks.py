@@ -1,0 +1,311 @@
+"""How a network reads a batch, and what counts as right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
+
+from lightning_distill.losses.soft_targets import SoftTargets
+from lightning_distill.losses.targets import CrossEntropy, SquaredError, TeacherSquaredError
+from lightning_distill.losses.term import Term
+from lightning_distill.metrics import NegativeLogLikelihood
+from lightning_distill.outputs import UNLABELLED, Outputs
+
+INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values")
+LABEL_KEYS = ("y", "label", "labels", "target", "targets")
+
+
+class Task:
+    """How a network reads a batch, and what counts as right.
+
+    A batch is a tuple ``(inputs, labels)``, ``(inputs, labels, index)`` or ``(inputs,)``, a bare tensor of inputs, or
+    a mapping. In a mapping the inputs, labels and index stand under ``input_key``, ``label_key`` and ``"index"``.
+
+    Args:
+        input_key: Key of the inputs in a mapping; by default the first of ``INPUT_KEYS`` that is there.
+        label_key: Key of the labels in a mapping; by default the first of ``LABEL_KEYS`` that is there.
+    """
+
+    imitable = False
+    """Whether agreement and KL divergence with a teacher say something about the outputs."""
+
+    def __init__(self, input_key: str | None = None, label_key: str | None = None) -> None:
+        self.input_key = input_key
+        self.label_key = label_key
+
+    def run(self, network: nn.Module, batch: Any) -> Outputs:
+        """What ``network`` says about ``batch``."""
+        return to_outputs(network(self.inputs(batch)))
+
+    def inputs(self, batch: Any) -> Tensor:
+        """The network's input, shape ``(B, ...)``.
+
+        Raises:
+            ValueError: If the batch is a mapping without a known key.
+            TypeError: If it is no batch at all.
+        """
+        if isinstance(batch, Mapping):
+            key = self.input_key or next((key for key in INPUT_KEYS if key in batch), None)
+            if key is None or key not in batch:
+                raise ValueError(
+                    f"The batch has no inputs: its keys are {list(batch)}, expected "
+                    f"{self.input_key or 'one of ' + ', '.join(INPUT_KEYS)}. Name the key: "
+                    f"`task={type(self).__name__}(input_key=...)`."
+                )
+            inputs = batch[key]
+        elif isinstance(batch, Sequence) and len(batch) > 0:
+            inputs = batch[0]
+        else:
+            inputs = batch
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} expects a batch that is a tensor, a tuple (inputs, labels) or a mapping, "
+                f"got {type(batch).__name__} with inputs of type {type(inputs).__name__}."
+            )
+        return inputs
+
+    def labels(self, batch: Any) -> Tensor | None:
+        """Labels, or ``None`` if the batch has none."""
+        if isinstance(batch, Mapping):
+            if self.label_key is not None and self.label_key not in batch:
+                raise ValueError(f"The batch has no labels {self.label_key!r}: its keys are {list(batch)}.")
+            key = self.label_key or next((key for key in LABEL_KEYS if key in batch), None)
+            return None if key is None else batch[key]
+        if isinstance(batch, Sequence) and len(batch) > 1:
+            labels: Tensor = batch[1]
+            return labels
+        return None
+
+    def mask(self, batch: Any, outputs: Outputs) -> Tensor | None:
+        """Which items count, of the item shape; ``None`` if all do."""
+        return None
+
+    def index(self, batch: Any) -> Tensor | None:
+        """Identity of each sample in its data set, shape ``(B,)``, or ``None``."""
+        if isinstance(batch, Mapping):
+            return batch.get("index")
+        if isinstance(batch, Sequence) and len(batch) > 2:
+            index: Tensor = batch[2]
+            return index
+        return None
+
+    def batch_size(self, batch: Any) -> int:
+        """Number of samples."""
+        return len(self.inputs(batch))
+
+    def load(self, name: str) -> nn.Module:
+        """A pretrained network by Hugging Face name or local path."""
+        raise ValueError(f"{type(self).__name__} cannot load a network by name, got {name!r}; pass a module.")
+
+    def hard_term(self) -> Term:
+        """The loss on labels."""
+        raise TypeError(f"{type(self).__name__} is a `Task` without `hard_term()`; define it.")
+
+    def soft_term(self) -> Term:
+        """The loss on what the teacher says that :class:`~lightning_distill.KD` uses by default."""
+        raise TypeError(f"{type(self).__name__} is a `Task` without `soft_term()`; define it.")
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """What the logits mean: the value that a user wants for each item."""
+        return logits
+
+    def metrics(self, outputs: Outputs) -> dict[str, Metric]:
+        """Metrics by name, each fed with ``(predictions, labels)`` by :meth:`evaluable`."""
+        return {}
+
+    def evaluable(self, outputs: Outputs, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Predictions and labels of the items that can be scored, or ``None`` if there are none."""
+        return None
+
+    def check(self, outputs: Outputs, labels: Tensor | None) -> None:
+        """Look for labels that cannot be right; called with the first batch of a run.
+
+        Raises:
+            ValueError: If the labels do not fit the outputs.
+        """
+
+
+class Classification(Task):
+    """One label per sample out of ``C`` classes; ``-100`` marks a sample without a label.
+
+    Labels may also be class probabilities of shape ``(B, C)`` (mixup). Loss on labels: cross-entropy. Metrics:
+    accuracy, negative log-likelihood (nats) and expected calibration error (15 bins).
+
+    Args:
+        label_smoothing: Share of the label's probability that is spread over all classes, in [0, 1).
+        input_key: See :class:`Task`.
+        label_key: See :class:`Task`.
+
+    Raises:
+        ValueError: If ``label_smoothing`` is outside [0, 1).
+    """
+
+    imitable = True
+
+    def __init__(
+        self, label_smoothing: float = 0.0, input_key: str | None = None, label_key: str | None = None
+    ) -> None:
+        super().__init__(input_key, label_key)
+        self.label_smoothing = label_smoothing
+        self.hard_term()  # checks the value
+
+    def load(self, name: str) -> nn.Module:
+        """An image classifier by Hugging Face name or local path."""
+        from transformers import AutoModelForImageClassification
+
+        network: nn.Module = AutoModelForImageClassification.from_pretrained(name)
+        return network
+
+    def hard_term(self) -> Term:
+        """Cross-entropy with ``label_smoothing``."""
+        return CrossEntropy(label_smoothing=self.label_smoothing)
+
+    def soft_term(self) -> Term:
+        """Forward KL divergence from the softened teacher."""
+        return SoftTargets()
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """The class with the largest logit."""
+        return logits.argmax(dim=-1)
+
+    def metrics(self, outputs: Outputs) -> dict[str, Metric]:
+        """``accuracy``, ``nll`` and ``ece``."""
+        classes = outputs.logits.shape[-1]
+        return {
+            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+            "nll": NegativeLogLikelihood(),
+            "ece": MulticlassCalibrationError(classes, n_bins=15, validate_args=False),
+        }
+
+    def evaluable(self, outputs: Outputs, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Logits ``(n, C)`` and labels ``(n,)`` of the labelled items that count."""
+        if labels is None or labels.is_floating_point():
+            return None
+        keep = labels != UNLABELLED
+        if mask is not None:
+            keep = keep & mask
+        if not keep.any():
+            return None
+        return outputs.logits[keep].float(), labels[keep]
+
+    def check(self, outputs: Outputs, labels: Tensor | None) -> None:
+        """Refuse labels outside [0, C) other than ``-100``, and label shapes that do not fit."""
+        if labels is None:
+            return
+        classes = outputs.logits.shape[-1]
+        if labels.is_floating_point():
+            if labels.shape != outputs.logits.shape:
+                raise ValueError(
+                    f"Labels are floating-point, so they are taken for class probabilities of shape "
+                    f"{tuple(outputs.logits.shape)}, but they have shape {tuple(labels.shape)}. Class indices must "
+                    "be integers: `labels.long()`."
+                )
+            return
+        if labels.shape != outputs.item_shape:
+            raise ValueError(
+                f"Labels have shape {tuple(labels.shape)}, expected one class index per item: "
+                f"{tuple(outputs.item_shape)}."
+            )
+        wrong = labels[(labels != UNLABELLED) & ((labels < 0) | (labels >= classes))]
+        if wrong.numel() > 0:
+            raise ValueError(
+                f"Label {wrong[0].item()} is outside [0, {classes}): the student has {classes} outputs. Give the "
+                f"student more outputs, fix the labels, or mark items without a label with {UNLABELLED}."
+            )
+
+
+class SequenceClassification(Classification):
+    """Classification of token sequences by a transformers model.
+
+    The batch is a mapping as tokenizers and collators make it (``input_ids``, ``attention_mask``, ``labels`` …); what
+    the model does not take (``labels``, ``index``) is kept from it.
+    """
+
+    def run(self, network: nn.Module, batch: Any) -> Outputs:
+        """Call ``network`` with the tokenizer's entries of ``batch``."""
+        return to_outputs(network(**{key: batch[key] for key in batch if key not in (*LABEL_KEYS, "index")}))
+
+    def inputs(self, batch: Any) -> Tensor:
+        """``input_ids``, shape ``(B, T)``, or ``inputs_embeds``."""
+        if not isinstance(batch, Mapping) or not ("input_ids" in batch or "inputs_embeds" in batch):
+            kind = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"SequenceClassification expects a mapping with `input_ids`, got {kind}.")
+        inputs: Tensor = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+        return inputs
+
+    def load(self, name: str) -> nn.Module:
+        """A sequence classifier by Hugging Face name or local path."""
+        from transformers import AutoModelForSequenceClassification
+
+        network: nn.Module = AutoModelForSequenceClassification.from_pretrained(name)
+        return network
+
+
+class Regression(Task):
+    """Real-valued targets, shape ``(B, D)``; a NaN target marks an item without a label.
+
+    Loss on labels and on the teacher's predictions: squared error, mean over ``D``. Metrics: ``mse`` and ``mae``.
+    """
+
+    def hard_term(self) -> Term:
+        """Squared error against the labels."""
+        return SquaredError()
+
+    def soft_term(self) -> Term:
+        """Squared error against the teacher's predictions."""
+        return TeacherSquaredError()
+
+    def metrics(self, outputs: Outputs) -> dict[str, Metric]:
+        """``mse`` and ``mae``."""
+        return {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}
+
+    def evaluable(self, outputs: Outputs, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Predictions and targets ``(n, D)`` of the labelled items."""
+        if labels is None:
+            return None
+        keep = ~labels.isnan().any(dim=-1)
+        if not keep.any():
+            return None
+        return outputs.logits[keep].float(), labels[keep].float()
+
+    def check(self, outputs: Outputs, labels: Tensor | None) -> None:
+        """Refuse targets of another shape than the predictions."""
+        if labels is not None and labels.shape != outputs.logits.shape:
+            raise ValueError(
+                f"Targets have shape {tuple(labels.shape)}, the student's predictions {tuple(outputs.logits.shape)}; "
+                "they must be equal, `(B, D)`."
+            )
+
+
+def to_outputs(said: Any) -> Outputs:
+    """Read what a network returned: logits, an :class:`Outputs`, or a transformers output or mapping with ``logits``.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    if isinstance(said, Outputs):
+        return said
+    if isinstance(said, Tensor):
+        return Outputs(said)
+    get: Callable[[str], Any] | None = None
+    if isinstance(said, Mapping):
+        get = said.get
+    elif hasattr(said, "logits"):
+        get = lambda name: getattr(said, name, None)  # noqa: E731
+    logits = get("logits") if get is not None else None
+    if get is None or not isinstance(logits, Tensor):
+        raise TypeError(
+            "A network must return logits (a tensor), `Outputs`, or an object with `logits`, "
+            f"got {type(said).__name__}."
+        )
+    features = {f"hidden_states.{i}": state for i, state in enumerate(get("hidden_states") or ())}
+    attentions = {f"attentions.{i}": map_ for i, map_ in enumerate(get("attentions") or ()) if map_ is not None}
+    return Outputs(logits, features=features, attentions=attentions)
+
+
+__all__ = ["Classification", "Regression", "SequenceClassification", "Task", "to_outputs"]

@@ -1,0 +1,36 @@
+"""The interface of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lightning_distill.outputs import Outputs
+from lightning_distill.tasks import Task
+
+
+class Teacher(nn.Module):
+    """Anything that says something about a batch for a student to learn from.
+
+    A teacher is called inside the training step, after the batch was moved to the device and transformed; what it
+    returns has no graph.
+    """
+
+    def forward(self, batch: Any, task: Task) -> Outputs:
+        """What the teacher says about ``batch``; the logits have the shape of the student's."""
+        raise TypeError(f"{type(self).__name__} is a `Teacher` without a `forward(batch, task)`; define one.")
+
+    def tap(self, names: Iterable[str]) -> None:
+        """Provide the activations of these names in ``Outputs.features`` from now on.
+
+        Raises:
+            ValueError: If the teacher has none of a name.
+        """
+        names = list(names)
+        if names:
+            raise ValueError(
+                f"{type(self).__name__} has no inner activations, but a loss term reads {names}. "
+                "Use a teacher that is a network, or leave the term out."
+            )

@@ -1,0 +1,6 @@
+"""From the losses of the terms to one scalar."""
+
+from lightning_distill.weighting.fixed import FixedWeights
+from lightning_distill.weighting.weighting import Weighting
+
+__all__ = ["FixedWeights", "Weighting"]
