@@ -45,8 +45,8 @@ class DistillationModule(L.LightningModule):
     ``item_weights``, ``teacher``, ``terms``, ``batch_transform``.
 
     Logs, every ``log_every_n_steps`` of the Trainer, the means since the last entry: ``train/loss``, ``train/<term>``
-    and ``train_weighted/<term>``; per validation or test epoch the task's metrics, ``agreement`` and ``fidelity`` with the
-    teacher, and the losses, as ``val/…`` and ``test/…``.
+    and ``train_weighted/<term>``; per validation or test epoch the task's metrics, ``agreement`` and ``fidelity`` with
+    the teacher, and the losses, as ``val/…`` and ``test/…``.
 
     Args:
         student: The network that is trained, or a Hugging Face name or path.
@@ -87,8 +87,7 @@ class DistillationModule(L.LightningModule):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
-        self.task = task if task is not None else Classification()
-        _check_type("task", self.task, Task)
+        self.task = build_task(task)
         self.student = self.task.load(student) if isinstance(student, str) else student
         _check_type("student", self.student, nn.Module)
         self.teacher = build_teacher(teacher, self.task)
@@ -314,6 +313,18 @@ class DistillationModule(L.LightningModule):
             values = {f"{stage}/{name}{suffix}": value for name, value in evaluation.compute().items()}
             self.log_dict(values, batch_size=1)
         self._evaluations = {}
+
+
+def build_task(task: Task | None) -> Task:
+    """``task``, or the default one.
+
+    Raises:
+        TypeError: If it is no :class:`~lightning_distill.tasks.Task`.
+    """
+    if task is None:
+        return Classification()
+    _check_type("task", task, Task)
+    return task
 
 
 def _count(step: Step) -> Count:

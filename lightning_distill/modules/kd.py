@@ -14,8 +14,9 @@ from lightning_distill.modules.base import (
     OptimizerFactory,
     SchedulerFactory,
     Temperature,
+    build_task,
 )
-from lightning_distill.tasks import Classification, Task
+from lightning_distill.tasks import Task
 from lightning_distill.teachers.build import TeacherLike
 from lightning_distill.weighting import Weighting
 
@@ -71,7 +72,7 @@ class KD(DistillationModule):
     ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha`, the weight of the labels' loss, must be in [0, 1], got {alpha}.")
-        task = task if task is not None else Classification()
+        task = build_task(task)
         own: dict[str, Term] = {"hard": task.hard_term()}
         own_weights = {"hard": float(alpha)}
         if alpha < 1:

@@ -66,21 +66,27 @@ def load_network(network: nn.Module, path: str) -> nn.Module:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There are no weights at {path!r}. Train the network first, or fix `path`.")
     weights = _read_weights(path)
-    wrong = [
-        f"{key}: {tuple(weights[key].shape)} in the file, {tuple(value.shape)} in the network"
-        for key, value in network.state_dict().items()
-        if key in weights and weights[key].shape != value.shape
-    ]
-    result = network.load_state_dict(weights, strict=False) if not wrong else None
-    if result is not None:
-        wrong = [f"missing {key}" for key in result.missing_keys] + [f"unknown {key}" for key in result.unexpected_keys]
-    if wrong:
+    if wrong := _differences(network.state_dict(), weights):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
             f"The weights in {path!r} are not those of this {type(network).__name__}: {'; '.join(wrong[:3])}{more}. "
             "Build the network with the arguments that it was trained with."
         )
+    network.load_state_dict(weights, strict=False)  # tied weights stand in a file once
     return network
+
+
+def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """Why ``found`` does not fill ``expected``; empty if it does."""
+    filled = {value.data_ptr() for name, value in expected.items() if name in found and value.numel() > 0}
+    wrong = []
+    for name, value in expected.items():
+        if name not in found:
+            if value.data_ptr() not in filled:
+                wrong.append(f"missing {name}")
+        elif found[name].shape != value.shape:
+            wrong.append(f"{name}: {tuple(found[name].shape)} in the file, {tuple(value.shape)} in the network")
+    return wrong + [f"unknown {name}" for name in found if name not in expected]
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distill import KD, Outputs
+from lightning_distill import KD
 from lightning_distill.tasks import Classification
 
 

@@ -1,4 +1,4 @@
-"""A training that may be killed in the middle of an epoch, and resumed. Run by test_resume.py, also with two processes."""
+"""A training that may be killed in the middle of an epoch, and resumed. Run by test_resume.py."""
 
 import os
 import signal

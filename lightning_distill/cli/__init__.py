@@ -1,0 +1,5 @@
+"""The command line: ``lightning-distill fit | validate | test | predict | compare``."""
+
+from lightning_distill.cli.main import main
+
+__all__ = ["main"]

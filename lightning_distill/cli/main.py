@@ -1,0 +1,51 @@
+"""Which command was meant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from lightning_distill.cli.comparison import run_comparison
+from lightning_distill.cli.trainer import run_trainer
+
+TRAINER_COMMANDS = {
+    "fit": "train, and validate while training",
+    "validate": "measure a checkpoint on the validation set",
+    "test": "measure a checkpoint on the test set",
+    "predict": "what the student says about the prediction set",
+}
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    **{name: (text, run_trainer) for name, text in TRAINER_COMMANDS.items()},
+    "compare": ("methods times seeds, with a control group: table, plots, wandb", run_comparison),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``lightning-distill``.
+
+    Args:
+        arguments: What stands behind the program's name; by default that of this process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    name = given[0]
+    if name not in COMMANDS:
+        sys.exit(f"lightning-distill: unknown command {name!r}\n\n{_usage()}")
+    _, run = COMMANDS[name]
+    run(given)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightning-distill COMMAND -c CONFIG.yaml [--model.temperature 2 ...]",
+            "",
+            *lines,
+            "",
+            "lightning-distill COMMAND --help tells a command's options.",
+        ]
+    )

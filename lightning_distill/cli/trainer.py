@@ -1,0 +1,38 @@
+"""The Trainer's commands, configured by YAML and options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_distill.modules.hyperparameters import built_from_configuration
+
+
+class DistillationCLI(LightningCLI):
+    """LightningCLI whose checkpoints hold the whole configuration, so that they rebuild student and teacher."""
+
+    def instantiate_classes(self) -> None:
+        """Build the module, the data module and the Trainer."""
+        with built_from_configuration():
+            super().instantiate_classes()
+
+
+def run_trainer(arguments: Sequence[str]) -> None:
+    """Run one of the Trainer's methods, as ``fit -c CONFIG.yaml --model.temperature 2``."""
+    # The Trainer starts the other processes of a distributed run from sys.argv.
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        DistillationCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=42,
+        )
+    finally:
+        sys.argv = before
