@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_distill.compare import Comparison, Experiment, compare
+    from lightning_distill.comparison import Comparison, Experiment, compare
     from lightning_distill.modules import KD, DistillationModule
     from lightning_distill.outputs import Outputs, Step
     from lightning_distill.tasks import Classification, Regression, SequenceClassification, Task
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _ROOMS = {
-    "lightning_distill.compare": ("Comparison", "Experiment", "compare"),
+    "lightning_distill.comparison": ("Comparison", "Experiment", "compare"),
     "lightning_distill.modules": ("KD", "DistillationModule"),
     "lightning_distill.outputs": ("Outputs", "Step"),
     "lightning_distill.tasks": ("Classification", "Regression", "SequenceClassification", "Task"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,28 @@ class Outputs:
     def has_logits(self) -> bool:
         """Whether ``logits`` exist already, that is, cost nothing to read."""
         return self._logits is not None
+
+    def chunks(self, elements: int = 2**26) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of the logits with at most ``elements`` numbers, each with the slice of the items that it holds.
+
+        Logits that exist are one part; those that do not are computed part by part and not kept.
+        """
+        weight = getattr(self.head, "weight", None)
+        if self._logits is not None or self.hidden is None or weight is None:
+            yield slice(None), self.logits
+            return
+        rows = max(elements * len(self.hidden) // max(math.prod(self.item_shape) * len(weight), 1), 1)
+        for start in range(0, len(self.hidden), rows):
+            part = slice(start, start + rows)
+            yield part, self.logits_of(part)
+
+    def logits_of(self, part: slice) -> Tensor:
+        """Logits of some of the items, along the first dimension; computed for them alone where there are none yet."""
+        if self._logits is not None:
+            return self._logits[part]
+        assert self.head is not None
+        assert self.hidden is not None
+        return self.head(self.hidden[part])
 
     @property
     def item_shape(self) -> torch.Size:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
+from lightning_distill.losses.fused import FusedKD
 from lightning_distill.losses.soft_targets import SoftTargets
 from lightning_distill.losses.targets import CrossEntropy, SquaredError, TeacherSquaredError
 from lightning_distill.losses.term import Term
-from lightning_distill.metrics import NegativeLogLikelihood
+from lightning_distill.metrics import Accuracy, NegativeLogLikelihood
 from lightning_distill.outputs import UNLABELLED, Outputs
 
 INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values")
@@ -109,6 +112,10 @@ class Task:
     def soft_term(self) -> Term:
         """The loss on what the teacher says that :class:`~lightning_distill.KD` uses by default."""
         raise TypeError(f"{type(self).__name__} is a `Task` without `soft_term()`; define it.")
+
+    def joint_term(self, alpha: float) -> Term | None:
+        """``alpha * hard + (1 - alpha) * soft`` as one term, where computing both at once is cheaper; else ``None``."""
+        return None
 
     def predictions(self, logits: Tensor) -> Tensor:
         """What the logits mean: the value that a user wants for each item."""
@@ -246,6 +253,133 @@ class SequenceClassification(Classification):
         return network
 
 
+class CausalLM(Task):
+    """Next-token prediction by a transformers causal language model; an item is a token.
+
+    The batch is a mapping with ``input_ids`` and, where there is padding, ``attention_mask``, both ``(B, T)``; ``labels``
+    of the same shape are ``-100`` where a token is not to be learnt (prompts, padding, the first token of a packed
+    sequence). Without ``labels`` every token that is no padding counts. The shift by one happens here: position ``t`` is
+    compared with label ``t + 1``.
+
+    Only the tokens that count are projected to the vocabulary, and only when a loss asks for logits: outputs hold hidden
+    states ``(n, d)`` of the ``n`` tokens that count, and the output layer. Models whose logits are more than an
+    output layer over the last hidden state (soft-capped, scaled, with prompt adapters) are found out by a trial with
+    the first batch and run as they are. Any other module that maps ``input_ids`` to logits ``(B, T, V)`` works too.
+
+    Args:
+        distill_prompt: Whether tokens without a label that are no padding count for terms on the teacher.
+    """
+
+    imitable = True
+
+    def __init__(self, distill_prompt: bool = False) -> None:
+        super().__init__()
+        self.distill_prompt = distill_prompt
+        self._linear: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    def run(self, network: nn.Module, batch: Any) -> Outputs:
+        """Hidden states of the tokens that count and the output layer, or their logits."""
+        inputs = {key: batch[key] for key in batch if key not in (*LABEL_KEYS, "index")}
+        keep = self.counts(batch)
+        if network not in self._linear:
+            self._linear[network] = _has_linear_head(network, inputs)
+        if self._linear[network]:
+            model: Any = network
+            model = model.get_base_model() if hasattr(model, "get_base_model") else model
+            hidden = model.base_model(**inputs).last_hidden_state
+            return Outputs(hidden=hidden[:, :-1][keep], head=model.get_output_embeddings())
+        said = to_outputs(network(**inputs) if hasattr(network, "config") else network(inputs["input_ids"]))
+        return Outputs(said.logits[:, :-1][keep], features=said.features, attentions=said.attentions)
+
+    def counts(self, batch: Any) -> Tensor:
+        """Which of the positions ``0 .. T - 2`` count, boolean, shape ``(B, T - 1)``."""
+        padding = batch.get("attention_mask")
+        real = padding[:, 1:].bool() if padding is not None else torch.ones_like(batch["input_ids"][:, 1:]).bool()
+        if "labels" not in batch or self.distill_prompt:
+            return real
+        labels: Tensor = batch["labels"]
+        return real & (labels[:, 1:] != UNLABELLED)
+
+    def inputs(self, batch: Any) -> Tensor:
+        """``input_ids``, shape ``(B, T)``."""
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            kind = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"CausalLM expects a mapping with `input_ids`, got {kind}.")
+        ids: Tensor = batch["input_ids"]
+        return ids
+
+    def labels(self, batch: Any) -> Tensor | None:
+        """The next token of each position that counts, shape ``(n,)``."""
+        labels: Tensor = batch.get("labels", batch["input_ids"])
+        return labels[:, 1:][self.counts(batch)]
+
+    def load(self, name: str) -> nn.Module:
+        """A causal language model by Hugging Face name or local path."""
+        from transformers import AutoModelForCausalLM
+
+        network: nn.Module = AutoModelForCausalLM.from_pretrained(name)
+        return network
+
+    def hard_term(self) -> Term:
+        """Cross-entropy of the next token."""
+        return CrossEntropy()
+
+    def soft_term(self) -> Term:
+        """Forward KL divergence from the teacher's softened prediction of each token."""
+        return SoftTargets()
+
+    def joint_term(self, alpha: float) -> Term | None:
+        """Both at once, in chunks of tokens where the vocabulary is large."""
+        return FusedKD(alpha=alpha)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """The most likely next token."""
+        return logits.argmax(dim=-1)
+
+    def metrics(self, outputs: Outputs) -> dict[str, Metric]:
+        """``nll`` (nats per token) and ``accuracy`` of the next token."""
+        return {"nll": NegativeLogLikelihood(), "accuracy": Accuracy()}
+
+    def evaluable(self, outputs: Outputs, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Logits ``(n, V)`` and labels ``(n,)`` of the labelled tokens."""
+        if labels is None or not (keep := labels != UNLABELLED).any():
+            return None
+        return outputs.logits[keep].float(), labels[keep]
+
+    def check(self, outputs: Outputs, labels: Tensor | None) -> None:
+        """Refuse tokens that the student's vocabulary does not have."""
+        if labels is None or labels.numel() == 0:
+            return
+        weight = getattr(outputs.head, "weight", None)
+        size = weight.shape[0] if weight is not None else outputs.logits.shape[-1]
+        largest = int(labels.max())
+        if largest >= size:
+            raise ValueError(
+                f"Token {largest} is outside the student's vocabulary of {size}. Tokenize with the student's tokenizer, or "
+                f"`student.resize_token_embeddings({largest + 1})`."
+            )
+
+
+def _has_linear_head(network: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the logits of ``network`` are its output layer over its last hidden state; tried on a few tokens."""
+    model: Any = network
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or not hasattr(model, "base_model"):
+        return False
+    few = {key: value[:1, :8] for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            logits = network(**few).logits
+            rebuilt = head(model.base_model(**few).last_hidden_state)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return logits.shape == rebuilt.shape and bool(torch.allclose(logits, rebuilt, rtol=1e-3, atol=1e-3))
+
+
 class Regression(Task):
     """Real-valued targets, shape ``(B, D)``; a NaN target marks an item without a label.
 
@@ -308,4 +442,4 @@ def to_outputs(said: Any) -> Outputs:
     return Outputs(logits, features=features, attentions=attentions)
 
 
-__all__ = ["Classification", "Regression", "SequenceClassification", "Task", "to_outputs"]
+__all__ = ["CausalLM", "Classification", "Regression", "SequenceClassification", "Task", "to_outputs"]

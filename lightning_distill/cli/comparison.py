@@ -17,7 +17,7 @@ import lightning_distill.losses
 import lightning_distill.modules
 import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401  (with the rooms imported, YAML may use class names without their path)
-from lightning_distill.compare import Comparison, Experiment, compare
+from lightning_distill.comparison import Comparison, Experiment, compare
 
 PARTS = ("model", "data", "trainer")
 
@@ -94,7 +94,7 @@ def compare_configured(
 
 
 class ConfiguredMethod:
-    """Builds an experiment from a configuration: a method of :func:`~lightning_distill.compare.compare`.
+    """Builds an experiment from a configuration: a method of :func:`~lightning_distill.comparison.compare`.
 
     Args:
         name: For error messages.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_distill.losses.soft_targets import check_same_shape
 from lightning_distill.losses.term import Term, teacher_outputs
 from lightning_distill.outputs import UNLABELLED, Step
 
@@ -28,11 +29,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
         tensor([1.3863, 0.0000])
     """
-    classes = logits.shape[-1]
-    flat = logits.reshape(-1, classes).to(torch.promote_types(logits.dtype, torch.float32))
-    targets = labels.reshape(-1, classes).to(flat.dtype) if labels.is_floating_point() else labels.reshape(-1)
-    loss = F.cross_entropy(flat, targets, reduction="none", ignore_index=UNLABELLED, label_smoothing=label_smoothing)
-    return loss.reshape(logits.shape[:-1])
+    logits = _wide(logits)
+    if labels.is_floating_point():
+        labels = labels.to(logits.dtype)
+    if logits.ndim > 2:
+        flat = logits.flatten(0, -2), labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
+        return cross_entropy(*flat, label_smoothing=label_smoothing).reshape(logits.shape[:-1])
+    return F.cross_entropy(
+        logits, labels, reduction="none", ignore_index=UNLABELLED, label_smoothing=label_smoothing
+    )
 
 
 class CrossEntropy(Term):
@@ -57,7 +62,7 @@ class CrossEntropy(Term):
         """Cross-entropy of each item, nats."""
         logits = step.student.logits
         if step.labels is None:
-            return 0.0 * logits[..., 0].float()  # keeps a graph, so that a batch without labels can be stepped on
+            return 0.0 * logits[..., 0]  # keeps a graph, so that a batch without labels can be stepped on
         return cross_entropy(logits, step.labels, label_smoothing=self.label_smoothing)
 
 
@@ -68,11 +73,11 @@ class SquaredError(Term):
 
     def forward(self, step: Step) -> Tensor:
         """Squared error of each item."""
-        predictions = step.student.logits.float()
+        predictions = _wide(step.student.logits)
         if step.labels is None:
             return 0.0 * predictions[..., 0]
         labelled = ~step.labels.isnan()
-        difference = torch.where(labelled, predictions - step.labels.float(), 0)
+        difference = torch.where(labelled, predictions - step.labels, 0)
         return difference.square().mean(dim=-1)
 
 
@@ -85,5 +90,11 @@ class TeacherSquaredError(Term):
 
     def forward(self, step: Step) -> Tensor:
         """Squared error of each item."""
-        target = teacher_outputs(step).logits.detach().float()
-        return (step.student.logits.float() - target).square().mean(dim=-1)
+        target = _wide(teacher_outputs(step).logits.detach())
+        check_same_shape(step.student.logits, target)
+        return (_wide(step.student.logits) - target).square().mean(dim=-1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """``values`` in float32 or wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,14 @@ class Term(nn.Module):
         needs_teacher: Whether ``step.teacher`` must be there.
         student_taps: Names of the student's activations that the term reads from ``step.student.features``.
         teacher_taps: The same for the teacher.
+        parts: For terms that compute several losses at once: the parts by name after a forward, detached scalars, for
+            the log.
     """
 
     needs_teacher: bool = True
     student_taps: Iterable[str] = ()
     teacher_taps: Iterable[str] = ()
+    parts: Mapping[str, Tensor] = MappingProxyType({})
 
     def forward(self, step: Step) -> Tensor:
         """Value of each item, shape of the items; or a scalar for the whole batch."""

@@ -88,7 +88,8 @@ class DistillationModule(L.LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         self.task = build_task(task)
-        self.student = self.task.load(student) if isinstance(student, str) else student
+        # transformers hands out pretrained models in eval mode, and the Trainer leaves modes as they are
+        self.student = self.task.load(student).train() if isinstance(student, str) else student
         _check_type("student", self.student, nn.Module)
         self.teacher = build_teacher(teacher, self.task)
         self.terms = nn.ModuleDict(_checked_terms(terms))
@@ -162,7 +163,7 @@ class DistillationModule(L.LightningModule):
         step = self.observe(batch)
         losses = self.losses(step)
         total: Tensor = self.weighting(losses)
-        self._loss_log.add(losses, total)
+        self._loss_log.add({**losses, **self._parts()}, total)
         return self._items.scale(total, _count(step), over_ranks=self._over_ranks)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -182,21 +183,21 @@ class DistillationModule(L.LightningModule):
                 self.log_dict(entry, batch_size=1)
 
     def on_fit_start(self) -> None:
-        """Refuse a run that lacks a teacher, before anything is written."""
+        """Refuse a run that lacks a teacher, before anything is written; continue a resumed run's random numbers."""
         if self.teacher is None and (needy := [name for name, term in self.terms.items() if _needs_teacher(term)]):
             raise ValueError(
                 f"`teacher` is None, but the loss terms {needy} compare the student with one. Pass `teacher=...`, or "
                 "train on labels alone (for `KD`: `alpha=1.0`)."
             )
-
-    def on_train_start(self) -> None:
-        """Learn how long the training is; continue the random numbers of a resumed run."""
-        self._total_steps = self.trainer.estimated_stepping_batches or math.inf
-        self._last_flush = self.trainer.global_step
-        if self._random_states is not None:
+        if self._random_states is not None:  # before the loader's iterator draws the order of the epoch
             if len(self._random_states) == self.trainer.world_size:
                 set_random_state(self._random_states[self.trainer.global_rank])
             self._random_states = None
+
+    def on_train_start(self) -> None:
+        """Learn how long the training is."""
+        self._total_steps = self.trainer.estimated_stepping_batches or math.inf
+        self._last_flush = self.trainer.global_step
 
     def on_fit_end(self) -> None:
         """Refuse to have trained on nothing."""
@@ -297,6 +298,11 @@ class DistillationModule(L.LightningModule):
                 weights = found if weights is None else weights * found
         return weights
 
+    def _parts(self) -> dict[str, Tensor]:
+        """What terms that compute several losses at once have to report beside their value."""
+        terms = (term for term in self.terms.values() if isinstance(term, Term))
+        return {name: value for term in terms for name, value in term.parts.items()}
+
     def _evaluate(self, batch: Any, dataloader_idx: int) -> None:
         step = self.observe(batch)
         if dataloader_idx not in self._evaluations:
@@ -305,7 +311,7 @@ class DistillationModule(L.LightningModule):
         evaluation.update(step)
         if self.teacher is not None or not any(map(_needs_teacher, self.terms.values())):
             losses = self.losses(step)
-            evaluation.update_losses({"loss": self.weighting(losses), **losses}, _count(step))
+            evaluation.update_losses({"loss": self.weighting(losses), **losses, **self._parts()}, _count(step))
 
     def _log_evaluations(self, stage: str) -> None:
         for loader, evaluation in self._evaluations.items():

@@ -35,14 +35,20 @@ class Evaluation:
         self._fed: set[str] = set()
 
     def update(self, step: Step) -> None:
-        """Take in one batch."""
-        scored = self._task.evaluable(step.student, step.labels, step.mask)
-        if scored is not None:
-            self._update(self._own, *scored)
-        if step.teacher is not None and step.teacher.logits.shape == step.student.logits.shape:
-            student, teacher = step.student.logits, step.teacher.logits
-            if step.mask is not None:
-                student, teacher = student[step.mask], teacher[step.mask]
+        """Take in one batch; logits that stand as hidden states and a head are computed in parts and not kept."""
+        for part, student in step.student.chunks():
+            labels = step.labels[part] if step.labels is not None else None
+            mask = step.mask[part] if step.mask is not None else None
+            scored = self._task.evaluable(Outputs(student), labels, mask)
+            if scored is not None:
+                self._update(self._own, *scored)
+            if step.teacher is None or step.teacher.item_shape != step.student.item_shape:
+                continue
+            teacher = step.teacher.logits_of(part)
+            if teacher.shape != student.shape:
+                continue
+            if mask is not None:
+                student, teacher = student[mask], teacher[mask]
             self._update(self._pair, student.float(), teacher.float())
 
     def update_losses(self, losses: Mapping[str, Tensor], items: int | Tensor) -> None:

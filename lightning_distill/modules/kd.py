@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_distill.losses.term import Term
 from lightning_distill.modules.base import (
+    EVERY_TERM,
     DistillationModule,
     ItemWeights,
     OptimizerFactory,
@@ -35,7 +36,8 @@ class KD(DistillationModule):
         alpha: Weight of the labels' loss, in [0, 1]; the teacher's gets ``1 - alpha``. With 1 the teacher, if there
             is one, only serves to measure agreement. Default 0.3.
         terms: Loss terms beside, or instead of, ``"hard"`` and ``"soft"``: ``{"soft": DKD()}`` replaces the
-            divergence.
+            divergence. For language models, both are one fused term ``"kd"`` unless they are named here, in ``weights``
+            or in ``item_weights``.
         weights: Weights of ``terms``, 1 by default. ``"hard"`` and ``"soft"`` have theirs from ``alpha``. Or a
             :class:`~lightning_distill.weighting.Weighting` of all terms; then ``alpha`` has no effect below 1.
         task: See :class:`DistillationModule`.
@@ -73,12 +75,18 @@ class KD(DistillationModule):
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha`, the weight of the labels' loss, must be in [0, 1], got {alpha}.")
         task = build_task(task)
-        own: dict[str, Term] = {"hard": task.hard_term()}
-        own_weights = {"hard": float(alpha)}
-        if alpha < 1:
-            own["soft"] = task.soft_term()
-            own_weights["soft"] = 1.0 - alpha
         more = dict(terms or {})
+        named = {*more, *(item_weights or {}), *(weights if isinstance(weights, Mapping) else ())}
+        touched = isinstance(weights, Weighting) or bool(named & {"hard", "soft", EVERY_TERM})
+        joint = None if touched or alpha == 1 else task.joint_term(float(alpha))
+        own: dict[str, Term]
+        if joint is not None:
+            own, own_weights = {"kd": joint}, {"kd": 1.0}
+        elif alpha == 1:
+            own, own_weights = {"hard": task.hard_term()}, {"hard": 1.0}
+        else:
+            own = {"hard": task.hard_term(), "soft": task.soft_term()}
+            own_weights = {"hard": float(alpha), "soft": 1.0 - alpha}
         all_weights = (
             weights if isinstance(weights, Weighting) else dict.fromkeys(more, 1.0) | own_weights | dict(weights or {})
         )

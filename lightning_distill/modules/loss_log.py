@@ -47,7 +47,8 @@ class LossLog:
         entry = {"train/loss": total}
         for name, value in losses.items():
             entry[f"train/{name}"] = value
-            entry[f"train_weighted/{name}"] = float(weights.get(name, 0.0)) * value
+            if name in weights:  # the parts of a term have none of their own
+                entry[f"train_weighted/{name}"] = float(weights[name]) * value
         _refuse_non_finite(losses, total)
         return entry
 

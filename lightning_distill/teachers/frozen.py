@@ -50,10 +50,13 @@ class FrozenTeacher(Teacher):
     @torch.no_grad()  # not inference_mode: the student's loss may save the teacher's tensors for its backward
     def forward(self, batch: Any, task: Task) -> Outputs:
         """What the network says about ``batch``, without a graph."""
-        self.network.eval()  # whoever holds the network itself may have called train()
-        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
-        outputs = task.run(self.network, _cast(batch, dtype))
-        outputs.features.update(self._taps.take())
+        network = self.network
+        if network.training:  # somebody who holds the network itself has called train()
+            network.eval()
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+        outputs = task.run(network, _cast(batch, dtype))
+        if self._taps.names:
+            outputs.features.update(self._taps.take())
         return outputs
 
     def tap(self, names: Iterable[str]) -> None:

@@ -1,0 +1,36 @@
+"""Data modules that resume exactly, and the samplers behind them."""
+
+# The folder `datamodules` at the top of the repository is a link to this one. Imported by that name, every class here
+# would exist a second time.
+if __name__ == "datamodules":
+    raise ImportError("import lightning_distill.datamodules, not datamodules")
+
+from lightning_distill.datamodules.digits import DigitsDataModule
+from lightning_distill.datamodules.mnist1d import MNIST1DDataModule
+from lightning_distill.datamodules.samplers import (
+    ResumableDataModule,
+    ResumableLoader,
+    ResumableSampler,
+    systematic_resample,
+)
+from lightning_distill.datamodules.tensors import (
+    InMemoryDataModule,
+    Splits,
+    TensorDataModule,
+    choose_stratified,
+    corrupt_labels,
+)
+
+__all__ = [
+    "DigitsDataModule",
+    "InMemoryDataModule",
+    "MNIST1DDataModule",
+    "ResumableDataModule",
+    "ResumableLoader",
+    "ResumableSampler",
+    "Splits",
+    "TensorDataModule",
+    "choose_stratified",
+    "corrupt_labels",
+    "systematic_resample",
+]

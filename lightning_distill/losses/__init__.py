@@ -1,0 +1,55 @@
+"""What a student can be trained to minimise."""
+
+from lightning_distill.losses.big_vocabulary import (
+    fused_linear_kd,
+    fused_linear_kd_items,
+    sparse_kd,
+    sparse_kd_items,
+)
+from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
+from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
+from lightning_distill.losses.logit_standardization import LogitStandardization, standardize_logits
+from lightning_distill.losses.mixup import Mixup, mixup
+from lightning_distill.losses.soft_targets import (
+    SoftTargets,
+    jensen_shannon_divergence,
+    kl_divergence,
+    skewed_kl_divergence,
+    soft_cross_entropy,
+    softened_log_softmax,
+)
+from lightning_distill.losses.targets import CrossEntropy, SquaredError, TeacherSquaredError, cross_entropy
+from lightning_distill.losses.term import Term, reduce_items, teacher_outputs
+from lightning_distill.losses.top_k import topk_kl
+
+__all__ = [
+    "DIST",
+    "DKD",
+    "CrossEntropy",
+    "LogitStandardization",
+    "Mixup",
+    "SoftTargets",
+    "SquaredError",
+    "TeacherSquaredError",
+    "Term",
+    "cross_entropy",
+    "decoupled_divergence",
+    "fused_linear_kd",
+    "fused_linear_kd_items",
+    "inter_class_distance",
+    "intra_class_distance",
+    "jensen_shannon_divergence",
+    "kl_divergence",
+    "mixup",
+    "non_target_divergence",
+    "reduce_items",
+    "skewed_kl_divergence",
+    "soft_cross_entropy",
+    "softened_log_softmax",
+    "sparse_kd",
+    "sparse_kd_items",
+    "standardize_logits",
+    "target_divergence",
+    "teacher_outputs",
+    "topk_kl",
+]
