@@ -173,7 +173,7 @@ def fit(build: Callable[[nn.Module, nn.Module], L.LightningModule], log: bool = 
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                log_every_n_steps=50,
+                log_every_n_steps=50 if log else 10**6,
                 default_root_dir=folder,
             )
             trainer.fit(module, Loader(work.batches()))

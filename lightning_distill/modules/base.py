@@ -139,8 +139,8 @@ class DistillationModule(L.LightningModule):
             mask=self.task.mask(batch, student),
             index=self.task.index(batch),
         )
-        if self._trainer is not None:
-            step.step, step.epoch = self.trainer.global_step, self.trainer.current_epoch
+        if (trainer := self._attached) is not None:
+            step.step, step.epoch = trainer.global_step, trainer.current_epoch
             step.progress = min(step.step / self._total_steps, 1.0)
         step.temperature = self.temperature(step) if callable(self.temperature) else self.temperature
         if self._unseen:
@@ -279,11 +279,18 @@ class DistillationModule(L.LightningModule):
     # Helpers.
 
     @property
+    def _attached(self) -> L.Trainer | None:
+        """The Trainer, if there is one: the module's step can be used without."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
+
+    @property
     def _over_ranks(self) -> Callable[[Tensor], Tensor] | None:
         """Mean of a tensor over the processes; ``None`` if there is one process."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return None
-        return self._mean_over_ranks
+        trainer = self._attached
+        return self._mean_over_ranks if trainer is not None and trainer.world_size > 1 else None
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         mean = self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean")
@@ -353,6 +360,8 @@ def _checked_terms(terms: Mapping[str, Term]) -> dict[str, Term]:
     if not isinstance(terms, Mapping) or not terms:
         raise ValueError(f"`terms` must be loss terms by name, at least one, got {terms!r}.")
     for name, term in terms.items():
+        if name == "loss":
+            raise ValueError("`terms` has a term named 'loss', the name of the weighted sum; choose another name.")
         if not isinstance(term, Term):
             raise TypeError(
                 f"`terms[{name!r}]` must be a loss term from `lightning_distill.losses` or a subclass of `Term`, "

@@ -8,25 +8,23 @@ import torch
 from torch import Tensor
 
 
+TOTAL = "loss"
+
+
 class LossLog:
     """Running means of the terms' losses between two log entries.
 
     Nothing is copied to the host and nothing handed to a logger per step: on small models that would cost more than the
-    losses themselves.
+    losses themselves. The scalars of an interval are kept as they are and averaged at its end.
     """
 
     def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
-        self._sum: Tensor | None = None
-        self._steps = 0
+        self._values: dict[str, list[Tensor]] = {}
 
     def add(self, losses: Mapping[str, Tensor], total: Tensor) -> None:
         """Add one batch's losses, scalars by term name, and their weighted ``total``."""
-        with torch.no_grad():
-            values = torch.stack([value.detach().float() for value in (*losses.values(), total)])
-            self._sum = values if self._sum is None else self._sum.add_(values)
-        self._names = tuple(losses)
-        self._steps += 1
+        for name, value in (*losses.items(), (TOTAL, total)):
+            self._values.setdefault(name, []).append(value.detach())
 
     def flush(
         self, weights: Mapping[str, float | Tensor], over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -36,28 +34,24 @@ class LossLog:
         Raises:
             FloatingPointError: If a term is not finite; the message names it.
         """
-        if self._sum is None:
+        if not self._values:
             return {}
-        mean = self._sum / self._steps
-        self._sum, self._steps = None, 0
+        values, self._values = self._values, {}
+        means = torch.stack([torch.stack(column).float().mean() for column in values.values()])
         if over_ranks is not None:
-            mean = over_ranks(mean)
-        *terms, total = mean.tolist()
-        losses = dict(zip(self._names, terms, strict=True))
-        entry = {"train/loss": total}
-        for name, value in losses.items():
-            entry[f"train/{name}"] = value
-            if name in weights:  # the parts of a term have none of their own
-                entry[f"train_weighted/{name}"] = float(weights[name]) * value
-        _refuse_non_finite(losses, total)
+            means = over_ranks(means)
+        losses = dict(zip(values, means.tolist(), strict=True))
+        entry = {f"train/{name}": value for name, value in losses.items()}
+        for name in losses.keys() & weights.keys():  # the parts of a term have no weight of their own
+            entry[f"train_weighted/{name}"] = float(weights[name]) * losses[name]
+        _refuse_non_finite(losses)
         return entry
 
 
-def _refuse_non_finite(losses: Mapping[str, float], total: float) -> None:
-    wrong = {name: value for name, value in (*losses.items(), ("the sum", total)) if not abs(value) < float("inf")}
+def _refuse_non_finite(losses: Mapping[str, float]) -> None:
+    wrong = [f"{name} = {value}" for name, value in losses.items() if not abs(value) < float("inf")]
     if wrong:
-        names = ", ".join(f"{name} = {value}" for name, value in wrong.items())
         raise FloatingPointError(
-            f"A loss is not finite: {names}. Look at the inputs and the learning rate; "
+            f"A loss is not finite: {', '.join(wrong)}. Look at the inputs and the learning rate; "
             "`Trainer(detect_anomaly=True)` finds the operation, `gradient_clip_val` often prevents it."
         )
