@@ -8,7 +8,7 @@ FOLDER ?= runs/mnist1d
 
 ## The main job: a student with and without a teacher on MNIST-1D, 5 seeds; about two minutes.
 demo: $(VENV)/.package
-	$(RUN)/lightning-distill compare -c examples/mnist1d.yaml --folder $(FOLDER)
+	OMP_NUM_THREADS=2 $(VENV)/bin/lightning-distill compare -c examples/mnist1d.yaml --folder $(FOLDER)
 
 ## Lint, types and the tests that take seconds.
 test: lint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,7 +147,7 @@ def _figure(comparison: Comparison, *, width: float, height: float) -> tuple[Fig
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     if comparison.title:
-        axes.set_title(comparison.title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_title(textwrap.fill(comparison.title, int(10 * width)), loc="left", fontsize=11, fontweight="bold")
     return figure, axes
 
 

@@ -1,6 +1,8 @@
 """What a student can be trained to minimise."""
 
 from lightning_distill.losses.big_vocabulary import (
+    FusedLoss,
+    KDItems,
     fused_linear_kd,
     fused_linear_kd_items,
     sparse_kd,
@@ -8,6 +10,7 @@ from lightning_distill.losses.big_vocabulary import (
 )
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
 from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
+from lightning_distill.losses.fused import FusedKD
 from lightning_distill.losses.logit_standardization import LogitStandardization, standardize_logits
 from lightning_distill.losses.mixup import Mixup, mixup
 from lightning_distill.losses.soft_targets import (
@@ -20,12 +23,15 @@ from lightning_distill.losses.soft_targets import (
 )
 from lightning_distill.losses.targets import CrossEntropy, SquaredError, TeacherSquaredError, cross_entropy
 from lightning_distill.losses.term import Term, reduce_items, teacher_outputs
-from lightning_distill.losses.top_k import topk_kl
+from lightning_distill.losses.top_k import top_k_log_probs, topk_kl
 
 __all__ = [
     "DIST",
     "DKD",
     "CrossEntropy",
+    "FusedKD",
+    "FusedLoss",
+    "KDItems",
     "LogitStandardization",
     "Mixup",
     "SoftTargets",
@@ -51,5 +57,6 @@ __all__ = [
     "standardize_logits",
     "target_divergence",
     "teacher_outputs",
+    "top_k_log_probs",
     "topk_kl",
 ]

@@ -50,9 +50,9 @@ class FusedKD(Term):
     def forward(self, step: Step) -> Tensor:
         """Mean over the items that count; scalar."""
         student, teacher = step.student, teacher_outputs(step)
-        if not (_worth_fusing(student) and _has_linear_head(student) and _has_linear_head(teacher)):
+        if not (worth_fusing(student) and _has_linear_head(student) and _has_linear_head(teacher)):
             return self._plain(step, student, teacher)
-        student_head, teacher_head = _linear(student), _linear(teacher)
+        student_head, teacher_head = linear_head_of(student), linear_head_of(teacher)
         result = fused_linear_kd(
             _given(student.hidden),
             student_head.weight,
@@ -84,7 +84,8 @@ class FusedKD(Term):
         return self.alpha * hard + (1 - self.alpha) * soft
 
 
-def _worth_fusing(outputs: Outputs) -> bool:
+def worth_fusing(outputs: Outputs) -> bool:
+    """Whether the logits do not exist yet and would take much memory."""
     if outputs.has_logits or not isinstance(outputs.head, nn.Linear):
         return False
     return 7 * 4 * math.prod(outputs.item_shape) * outputs.head.out_features > PLAIN_BYTES
@@ -94,7 +95,8 @@ def _has_linear_head(outputs: Outputs) -> bool:
     return outputs.hidden is not None and isinstance(outputs.head, nn.Linear)
 
 
-def _linear(outputs: Outputs) -> nn.Linear:
+def linear_head_of(outputs: Outputs) -> nn.Linear:
+    """The output layer, where it is known to be linear."""
     head: Any = outputs.head
     assert isinstance(head, nn.Linear)
     return head

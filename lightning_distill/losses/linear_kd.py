@@ -1,0 +1,283 @@
+"""The operator under the big-vocabulary losses: values and gradients of logits that never exist as a whole.
+
+Items (tokens) are taken in chunks. A chunk's logits (the student's, and the teacher's where it has an output layer)
+fill one tile each, the only large buffers. The softmaxes walk over a tile in blocks of a few rows that stay in the
+processor's cache, in float32 or wider and in buffers that are used again (fresh ones cost more in page faults than in
+arithmetic), and leave the gradient by the logits where the logits were. Two more matrix products make it the gradient
+of the hidden states and of the output layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_distill.losses.top_k import NOTHING
+
+MIB = 2**20
+
+
+@torch.library.custom_op(  # opaque, because torch.compile would unroll the loop: about a second for each chunk
+    "lightning_distill::linear_kd",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
+    "Tensor? teacher_bias, Tensor? ids, Tensor? coarse, Tensor? labels, Tensor? mask, Tensor? temperatures, "
+    "Tensor? hard_scale, Tensor? soft_scale, float temperature, float beta, bool scale_by_t2, int ignore_index, "
+    "int vocabulary, int chunk_size, ScalarType dtype, ScalarType teacher_dtype, bool needs_hidden, "
+    "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_kd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    ids: Tensor | None,
+    coarse: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    hard_scale: Tensor | None,
+    soft_scale: Tensor | None,
+    temperature: float,
+    beta: float,
+    scale_by_t2: bool,
+    ignore_index: int,
+    vocabulary: int,
+    chunk_size: int,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy and divergence of each item, and the gradient of ``sum(hard_scale * hard + soft_scale * soft)``.
+
+    Args:
+        hidden: Of the student, shape ``(N, d)``.
+        weight: Of the student's output layer, shape ``(V, d)``.
+        bias: Shape ``(V,)``.
+        teacher_hidden: Shape ``(N, d_t)``; ``None`` for a teacher that is known by ``ids`` and ``coarse``.
+        teacher_weight: Shape ``(V_t, d_t)``.
+        teacher_bias: Shape ``(V_t,)``.
+        ids: Kept classes, shape ``(N, k)``.
+        coarse: Log-probabilities of the kept classes and of all others together, shape ``(N, k + 1)``.
+        labels: Shape ``(N,)``.
+        mask: Items to look at, shape ``(N,)``; the others get values and gradients of 0.
+        temperatures: One for each item, shape ``(N,)``, in the place of ``temperature``.
+        hard_scale: Shape ``(N,)``; ``None`` if no gradient is needed.
+        soft_scale: Shape ``(N,)``; ``None`` if no gradient is needed.
+        temperature: Of the divergence.
+        beta: Of the generalized Jensen-Shannon divergence.
+        scale_by_t2: Whether to multiply the divergence by the square of the temperature.
+        ignore_index: Label of an item without one.
+        vocabulary: Number of rows of the output layers that take part.
+        chunk_size: Largest number of items per tile.
+        dtype: Of the student's matrix products.
+        teacher_dtype: Of the teacher's matrix products.
+        needs_hidden: Whether to compute the gradient of ``hidden``.
+        needs_weight: Whether to compute the gradient of ``weight``.
+        needs_bias: Whether to compute the gradient of ``bias``.
+
+    Returns:
+        ``hard`` and ``soft``, shape ``(N,)``; the gradients of ``hidden`` (in its dtype), ``weight`` and ``bias`` (in
+        float32 or wider), without elements where they are not needed.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    hard, soft = hidden.new_zeros(len(hidden), dtype=wide), hidden.new_zeros(len(hidden), dtype=wide)
+    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else weight.new_empty(0, dtype=wide)
+    grad_bias = weight.new_zeros(len(weight) if needs_bias else 0, dtype=wide)
+
+    items = torch.arange(len(hidden), device=hidden.device) if mask is None else mask.nonzero().squeeze(1)
+    chunks = items.chunk(max(math.ceil(len(items) / chunk_size), 1))  # even, without a small rest
+    student = _OutputLayer(weight, bias, vocabulary, dtype, len(chunks[0]))
+    teacher: _DenseTeacher | _TopKTeacher
+    if teacher_hidden is not None and teacher_weight is not None:
+        layer = _OutputLayer(teacher_weight, teacher_bias, vocabulary, teacher_dtype, len(chunks[0]))
+        teacher = _DenseTeacher(teacher_hidden, layer, beta)
+    else:
+        assert ids is not None
+        assert coarse is not None
+        teacher = _TopKTeacher(ids, coarse.to(wide), beta)
+    block_size = max(min(len(chunks[0]), _block_size(hidden.device.type, vocabulary)), 1)
+    work = hidden.new_empty(4, block_size, vocabulary, dtype=wide)
+
+    for chunk in chunks:
+        inputs = hidden[chunk].to(dtype)
+        tile = student.logits(inputs)
+        teacher.read(chunk)
+        for start in range(0, len(chunk), block_size):
+            block = slice(start, start + block_size)
+            rows = chunk[block]
+            blocks = work[:, : len(rows)]
+            t = temperature if temperatures is None else temperatures[rows, None].to(wide)
+            t2 = t**2 if scale_by_t2 else 1.0
+            soft[rows] = (t2 * teacher.compare(tile[block], block, t, blocks)).squeeze(1)
+            gradient = blocks[0]
+            if soft_scale is not None:
+                gradient.mul_(soft_scale[rows, None] * (t2 / t))
+            if labels is not None:
+                labelled = labels[rows, None] != ignore_index
+                values, by_logits = _cross_entropy(tile[block], labels[rows, None].where(labelled, 0), blocks[1:3])
+                hard[rows] = values.where(labelled, 0).squeeze(1)
+                if hard_scale is not None:
+                    gradient.addcmul_(by_logits, hard_scale[rows, None].where(labelled, 0))
+            tile[block] = gradient
+        if needs_hidden:
+            grad_hidden[chunk] = (tile @ student.weight).to(hidden.dtype)
+        if needs_weight:
+            _add_product(grad_weight[:vocabulary], tile, inputs)
+        if needs_bias:
+            grad_bias[:vocabulary] += tile.sum(dim=0, dtype=wide)
+    return hard, soft, grad_hidden, grad_weight, grad_bias
+
+
+@linear_kd.register_fake
+def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, _, needs_hidden, needs_weight, needs_bias = rest[-5:]
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        hidden.new_empty(len(hidden), dtype=wide),
+        hidden.new_empty(len(hidden), dtype=wide),
+        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=wide) if needs_weight else weight.new_empty(0, dtype=wide),
+        weight.new_empty(len(weight) if needs_bias else 0, dtype=wide),
+    )
+
+
+class _OutputLayer:
+    """An output layer in the dtype of the products, and the tile that its logits fill."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, vocabulary: int, dtype: torch.dtype, chunk_size: int
+    ) -> None:
+        self.weight = weight[:vocabulary].to(dtype)
+        self.bias = None if bias is None else bias[:vocabulary].to(dtype)
+        self.tile = self.weight.new_empty(chunk_size, vocabulary)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of a chunk: the tile, which the next call overwrites."""
+        out = self.tile[: len(hidden)]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+class _DenseTeacher:
+    """A teacher with an output layer."""
+
+    def __init__(self, hidden: Tensor, layer: _OutputLayer, beta: float) -> None:
+        self.hidden = hidden
+        self.layer = layer
+        self.beta = beta
+
+    def read(self, chunk: Tensor) -> None:
+        """Compute the logits of a chunk."""
+        self.logits = self.layer.logits(self.hidden[chunk].to(self.layer.weight.dtype))
+
+    def compare(self, logits: Tensor, block: slice, temperature: float | Tensor, work: Tensor) -> Tensor:
+        """Divergence ``(rows, 1)`` of a block; its gradient by the student's softened logits goes to ``work[0]``."""
+        log_q = torch.log_softmax(_softened(logits, temperature, out=work[3]), -1, out=work[0])
+        log_p = torch.log_softmax(_softened(self.logits[block], temperature, out=work[3]), -1, out=work[1])
+        return _divergence(log_q, log_p, self.beta, work[2:])
+
+
+class _TopKTeacher:
+    """A teacher of which ``k`` classes are known, compared over ``k + 1`` outcomes: these classes and all others."""
+
+    def __init__(self, ids: Tensor, coarse: Tensor, beta: float) -> None:
+        self.ids = ids
+        self.coarse = coarse
+        self.beta = beta
+
+    def read(self, chunk: Tensor) -> None:
+        """Fetch what is known of a chunk."""
+        self.chunk = self.ids[chunk], self.coarse[chunk]
+
+    def compare(self, logits: Tensor, block: slice, temperature: float | Tensor, work: Tensor) -> Tensor:
+        """Divergence ``(rows, 1)`` of a block; its gradient by the student's softened logits goes to ``work[0]``."""
+        ids, log_p = (x[block] for x in self.chunk)
+        others = _softened(logits, temperature, out=work[1])
+        kept = others.gather(1, ids)
+        share = torch.softmax(others.scatter_(1, ids, NOTHING), -1, out=work[0])  # of each class in the rest
+        rest = others.amax(1, keepdim=True) - share.amax(1, keepdim=True).log()  # logsumexp of the rest
+        log_q = torch.log_softmax(torch.cat([kept, rest], dim=1), -1)
+        value = _divergence(log_q, log_p, self.beta, log_q.new_empty(2, *log_q.shape))
+        share.mul_(log_q[:, -1:]).scatter_(1, ids, log_q[:, :-1])
+        return value
+
+
+def _divergence(log_q: Tensor, log_p: Tensor, beta: float, work: Tensor) -> Tensor:
+    """Generalized Jensen-Shannon divergence ``(rows, 1)``; its gradient by the softened logits replaces ``log_q``.
+
+    With student ``q``, teacher ``p`` and mixture ``m`` the gradient is ``q - p`` for the forward KL divergence,
+    ``q * (log(q / p) - KL(q || p))`` for the reverse, and ``(1 - beta) * q * (log(q / m) - KL(q || m))`` between them:
+    that ``m`` depends on ``q`` adds a constant, which the softmax removes. ``log_p`` and ``work`` are overwritten.
+    """
+    if beta == 0:
+        p = torch.exp(log_p, out=work[0])
+        value = _dot(p, log_p.sub_(log_q), out=work[1])
+        log_q.exp_().sub_(p)
+        return value
+    if beta == 1:
+        q = torch.exp(log_q, out=work[0])
+        value = _dot(q, log_q.sub_(log_p), out=work[1])
+        log_q.sub_(value).mul_(q)
+        return value
+    odds = math.log(beta) - math.log1p(-beta)
+    log_m = torch.logaddexp(log_q, torch.add(log_p, odds, out=work[1]), out=work[0]).add_(math.log1p(-beta))
+    p = torch.exp(log_p, out=work[1])
+    from_teacher = _dot(p, log_p.sub_(log_m), out=work[1])
+    q = torch.exp(log_q, out=work[1])
+    from_student = _dot(q, log_q.sub_(log_m), out=log_p)
+    log_q.sub_(from_student).mul_(q).mul_(1 - beta)
+    return beta * from_teacher + (1 - beta) * from_student
+
+
+def _cross_entropy(logits: Tensor, classes: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy against ``classes``, both ``(rows, 1)``, and its gradient by the logits, which lies in ``work``."""
+    log_q = torch.log_softmax(_softened(logits, 1.0, out=work[1]), -1, out=work[0])
+    value = -log_q.gather(1, classes)
+    return value, log_q.exp_().scatter_add_(1, classes, torch.full_like(value, -1.0))
+
+
+def _softened(logits: Tensor, temperature: float | Tensor, *, out: Tensor) -> Tensor:
+    """``(logits - max) / T`` in the dtype of ``out``; the maximum first, so that no difference is rounded away."""
+    source = logits if logits.dtype == out.dtype else out.copy_(logits)
+    torch.sub(source, source.amax(1, keepdim=True), out=out)
+    return out if isinstance(temperature, float) and temperature == 1 else out.div_(temperature)
+
+
+def _dot(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+    """Dot product of each row, ``(rows, 1)``. Not a matrix product, whose precision users turn down (TF32)."""
+    return torch.mul(left, right, out=out).sum(dim=1, keepdim=True)
+
+
+def _add_product(total: Tensor, tile: Tensor, inputs: Tensor) -> None:
+    """``total += tile.T @ inputs``, in slices where the product is narrower than ``total``."""
+    if tile.dtype == total.dtype:
+        total.addmm_(tile.t(), inputs)
+        return
+    rows = max(32 * MIB // (inputs.shape[1] * inputs.element_size()), 1)
+    for part, columns in zip(total.split(rows), tile.split(rows, dim=1), strict=True):
+        part.add_(columns.t() @ inputs)
+
+
+def default_chunk_size(device: str, vocabulary: int, dtype: torch.dtype) -> int:
+    """Items per tile: what fits 40 MiB on the CPU, but at least 128 (products of fewer are slow); 256 MiB elsewhere."""
+    if device == "cpu":
+        return max(40 * MIB // (vocabulary * dtype.itemsize), 128)
+    return max(256 * MIB // (vocabulary * dtype.itemsize), 1)
+
+
+def _block_size(device: str, vocabulary: int) -> int:
+    """Rows of a block: 1 MiB for each thread's cache, or on an accelerator enough to outlast the launch of a kernel."""
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return max(threads * MIB // (4 * vocabulary), threads)
+    return max(32 * MIB // (4 * vocabulary), 1)
