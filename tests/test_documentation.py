@@ -1,0 +1,109 @@
+"""What README, docs and examples tell people to type works."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_distill.cli import main
+from lightning_distill.comparison import Comparison
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def blocks(language):
+    """Fenced code of all pages: (page, text)."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(page, block) for page in PAGES for block in pattern.findall(page.read_text())]
+
+
+def commands():
+    """Every command line that is printed in a page or at the top of an example."""
+    lines = [line for _, block in blocks("bash") for line in block.splitlines()]
+    lines += [
+        line[2:] for path in EXAMPLES for line in path.read_text().splitlines() if line.startswith("# lightning-")
+    ]
+    return sorted({line.strip() for line in lines if line.strip()})
+
+
+def shortened(configuration):
+    """The same configuration, but a few batches long."""
+    parts = [configuration, configuration.get("common", {}), *configuration.get("reference", {}).values()]
+    for part in [*parts, *configuration.get("methods", {}).values()]:
+        if "trainer" in part:
+            part["trainer"].pop("max_steps", None)
+            part["trainer"].update(max_epochs=1, limit_train_batches=2, limit_val_batches=1, limit_test_batches=1)
+            part["trainer"].setdefault("enable_progress_bar", False)
+    if "methods" in configuration:
+        configuration["seeds"] = 2
+    return configuration
+
+
+@pytest.fixture
+def examples(tmp_path, monkeypatch):
+    """A folder to work in, with shortened copies of the examples."""
+    (tmp_path / "examples").mkdir()
+    for path in EXAMPLES:
+        text = yaml.safe_dump(shortened(yaml.safe_load(path.read_text())), sort_keys=False)
+        (tmp_path / "examples" / path.name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_pages_print_commands_and_python():
+    assert len(commands()) >= 6
+    assert blocks("python")
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("make ")])
+def test_make_targets_exist(command):
+    done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_demo_is_the_comparison_and_make_test_runs_pytest():
+    demo = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "lightning-distill compare -c examples/mnist1d.yaml --folder runs/mnist1d" in demo
+    test = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "pytest" in test
+    assert "ruff check" in test
+    assert "mypy" in test
+
+
+@pytest.mark.filterwarnings("ignore")  # the command line shows users whatever it has to warn of
+def test_every_printed_command_of_ours_runs(examples):
+    ours = [line.split()[1:] for line in commands() if line.startswith("lightning-distill ")]
+    fits = sorted((line for line in ours if line[0] == "fit"), key=lambda line: "teacher" not in line[2])
+    assert len(fits) >= 3
+    for line in fits:
+        main(line)
+    assert (examples / "runs" / "teacher" / "teacher.ckpt").exists()
+    assert (examples / "runs" / "kd" / "last.ckpt").exists()
+    for line in ours:
+        if line[0] == "compare":
+            main([*line, "--wandb", "off"])
+            folder = yaml.safe_load(Path(line[2]).read_text())["folder"]
+            comparison = Comparison.load(folder)
+            assert len(comparison.runs) == 2 * len(comparison.methods)
+            assert {path.name for path in Path(folder).glob("*.png")} >= {"results.png", "gain.png"}
+    known = {"fit", "compare", "cache"}
+    assert {line[0] for line in ours} <= known
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", [text for _, text in blocks("python")], ids=lambda text: text.splitlines()[0][:40])
+def test_every_python_block_runs(block, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "block", "exec"), {"__name__": "block"})
+    if "module.export" in block:
+        assert (tmp_path / "student.safetensors").exists()
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
