@@ -1,8 +1,8 @@
 """What the library costs: a distillation step side by side with a hand-written loop and with peers, in one run.
 
-Rules: main-process CPU time; variants round-robin over several rounds, medians reported; the hand-written loop runs twice, and
-the difference between the two is the noise floor; every variant must compute the same loss before anything is timed.
-Overheads are absolute (they do not depend on the model), the whole is a ratio on a step of realistic length.
+Rules: main-process CPU time; variants round-robin over several rounds, medians reported; the hand-written loop runs
+twice, and the difference between the two is the noise floor; every variant must compute the same loss before anything
+is timed. Overheads are absolute (they do not depend on the model), the whole is a ratio on a step of realistic length.
 
     python scripts/benchmark.py                  # overheads per step, then the ratio on a larger step
     python scripts/benchmark.py --rounds 9
@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -66,7 +67,7 @@ LARGE = Workload("large", (784, 1024, 1024, 1024, 10), (784, 1024, 1024, 10), 25
 
 def mlp(sizes: tuple[int, ...]) -> nn.Module:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -226,7 +227,7 @@ def variants() -> dict[str, Callable[[Workload], float]]:
     for package, build in {"torchdistill": torchdistill_loss, "textbrewer": textbrewer_loss}.items():
         try:
             found[f"{package}'s loss in a plain loop"] = loop(build())
-        except Exception as error:  # noqa: BLE001  (a peer that does not import here is reported and left out)
+        except Exception as error:  # a peer that does not import here is reported and left out
             rich.print(f"{package} is left out: {type(error).__name__}: {error}")
     return found
 
@@ -267,7 +268,8 @@ def versions() -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return f"{', '.join(found)}; Python {platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} thread"
+    machine = f"Python {platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} thread"
+    return f"{', '.join(found)}; {machine}"
 
 
 def main() -> None:
