@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning_distill.comparison import Comparison, Experiment, compare
     from lightning_distill.modules import KD, DistillationModule
     from lightning_distill.outputs import Outputs, Step
-    from lightning_distill.tasks import Classification, Regression, SequenceClassification, Task
+    from lightning_distill.tasks import CausalLM, Classification, Regression, SequenceClassification, Task
 
 __version__ = "0.1.0.dev0"
 
@@ -20,12 +20,13 @@ _ROOMS = {
     "lightning_distill.comparison": ("Comparison", "Experiment", "compare"),
     "lightning_distill.modules": ("KD", "DistillationModule"),
     "lightning_distill.outputs": ("Outputs", "Step"),
-    "lightning_distill.tasks": ("Classification", "Regression", "SequenceClassification", "Task"),
+    "lightning_distill.tasks": ("CausalLM", "Classification", "Regression", "SequenceClassification", "Task"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "KD",
+    "CausalLM",
     "Classification",
     "Comparison",
     "DistillationModule",

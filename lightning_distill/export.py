@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_distill.adapters import has_adapter, merge_adapter
+
+
+def standalone(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` on the CPU, in eval mode, a PEFT adapter merged into its weights.
+
+    Weights are copied straight to the CPU: the device that trains never holds them twice.
+
+    Raises:
+        ValueError: If there is an adapter that cannot be merged.
+    """
+    copies: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if type(tensor) is nn.Parameter:
+            copies[id(tensor)] = nn.Parameter(_on_cpu(tensor), requires_grad=tensor.requires_grad)
+        elif type(tensor) is Tensor:
+            copies[id(tensor)] = _on_cpu(tensor)
+    copied = copy.deepcopy(network, copies).cpu()
+    return (merge_adapter(copied) if has_adapter(copied) else copied).eval()
 
 
 def write_network(network: nn.Module, path: Path, *, overwrite: bool = False) -> None:
@@ -40,3 +62,7 @@ def write_network(network: nn.Module, path: Path, *, overwrite: bool = False) ->
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(draft, path)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -99,7 +99,7 @@ class Accuracy(_ItemMean):
     higher_is_better = True
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Take in logits ``(items..., C)`` and class indices ``(items...)``; an item labelled ``-100`` does not count."""
+        """Take in logits ``(items..., C)`` and class indices ``(items...)``; ``-100`` does not count."""
         self._add((logits.argmax(dim=-1) == labels).float(), labels != UNLABELLED)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any, Literal
 
 from torch import Tensor, nn
+
+Head = Literal["causal-lm", "sequence-classification", "image-classification"]
 
 
 class ConvNet1d(nn.Module):
@@ -193,4 +196,35 @@ def _check_positive(**sizes: Sequence[int]) -> None:
             raise ValueError(f"`{name}` must be positive, got {got}.")
 
 
-__all__ = ["MLP", "ConvNet1d", "ConvNet2d", "ResNet1d", "ResidualBlock1d"]
+def from_config(model_type: str, head: Head, config: Mapping[str, Any] | None = None) -> nn.Module:
+    """A transformers model with random weights.
+
+    Args:
+        model_type: As transformers names it: ``"gpt2"``, ``"llama"``, ``"bert"``, ``"vit"`` …
+        head: What it is for: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``.
+        config: Arguments of its configuration, such as ``{"vocab_size": 512, "n_layer": 2}``.
+
+    Raises:
+        ValueError: If ``head`` is unknown, or transformers has no such model.
+
+    Example:
+        >>> model = from_config("gpt2", "causal-lm", {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2})
+        >>> type(model).__name__
+        'GPT2LMHeadModel'
+    """
+    import transformers
+
+    classes = {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
+    }
+    if head not in classes:
+        raise ValueError(f"`head` must be one of {', '.join(classes)}, got {head!r}.")
+    configuration = transformers.AutoConfig.for_model(model_type, **(config or {}))
+    build: Any = classes[head]
+    model: nn.Module = build.from_config(configuration)
+    return model.train()
+
+
+__all__ = ["MLP", "ConvNet1d", "ConvNet2d", "ResNet1d", "ResidualBlock1d", "from_config"]

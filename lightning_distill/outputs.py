@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from lightning_distill.top_k import TopK
 
 UNLABELLED = -100
 """Class index of an item without a label; torch's and transformers' ``ignore_index``."""
@@ -24,9 +26,11 @@ class Outputs:
         hidden: Last hidden state, shape ``(items..., d)``. With ``head`` it stands for ``logits``, which are
             then computed when somebody asks and not before.
         head: Maps ``hidden`` to logits.
+        top_k: The largest logits and the mass of the others, where nothing more is known; see
+            :class:`~lightning_distill.losses.TopKTargets`.
 
     Raises:
-        ValueError: If there are neither ``logits`` nor both of ``hidden`` and ``head``.
+        ValueError: If there are neither ``logits``, nor both of ``hidden`` and ``head``, nor ``top_k``.
     """
 
     def __init__(
@@ -37,22 +41,26 @@ class Outputs:
         attentions: Mapping[str, Tensor] | None = None,
         hidden: Tensor | None = None,
         head: Callable[[Tensor], Tensor] | None = None,
+        top_k: TopK | None = None,
     ) -> None:
-        if logits is None and (hidden is None or head is None):
+        if logits is None and (hidden is None or head is None) and top_k is None:
             raise ValueError("`Outputs` needs `logits`, or both of `hidden` and `head` to compute them from.")
         self._logits = logits
         self.features = dict(features or {})
         self.attentions = dict(attentions or {})
         self.hidden = hidden
         self.head = head
+        self.top_k = top_k
 
     @property
     def logits(self) -> Tensor:
-        """Unnormalised scores, shape ``(items..., C)``; computed once from ``hidden`` where they were not given."""
+        """Unnormalised scores, shape ``(items..., C)``; computed once from ``hidden`` where they were not given.
+
+        Raises:
+            ValueError: If only the largest logits are known.
+        """
         if self._logits is None:
-            assert self.head is not None
-            assert self.hidden is not None
-            self._logits = self.head(self.hidden)
+            self._logits = self._project(slice(None))
         return self._logits
 
     @property
@@ -78,16 +86,27 @@ class Outputs:
         """Logits of some of the items, along the first dimension; computed for them alone where there are none yet."""
         if self._logits is not None:
             return self._logits[part]
-        assert self.head is not None
-        assert self.hidden is not None
-        return self.head(self.hidden[part])
+        return self._project(part)
 
     @property
     def item_shape(self) -> torch.Size:
         """Shape of the items (samples, or tokens): that of the logits without the class dimension."""
         source = self._logits if self._logits is not None else self.hidden
-        assert source is not None
+        if source is None:
+            assert self.top_k is not None
+            source = self.top_k.ids
         return source.shape[:-1]
+
+    def _project(self, part: slice) -> Tensor:
+        if self.hidden is None or self.head is None:
+            assert self.top_k is not None
+            raise ValueError(
+                f"The logits of all {self.top_k.classes} classes are asked for, but the teacher's cache holds the "
+                f"{self.top_k.ids.shape[-1]} largest (`kind='top_k'`). Use the loss term `TopKTargets` or, for "
+                "language models, `SparseKD`, as `KD(..., terms={'soft': TopKTargets()})`; or write the cache with "
+                "`kind='dense'` or `kind='hidden'`."
+            )
+        return self.head(self.hidden[part])
 
 
 @dataclass
@@ -119,3 +138,15 @@ class Step:
     epoch: int = 0
     progress: float = 0.0
     extras: dict[str, Any] = field(default_factory=dict)
+
+
+class StepRule(Protocol):
+    """A function of the step: a temperature, or the weights of its items.
+
+    It returns a number or a tensor with one per item; ``Any`` here lets the command line accept rules that return
+    only one of the two.
+    """
+
+    def __call__(self, step: Step) -> Any:
+        """A number, or one per item."""
+        ...

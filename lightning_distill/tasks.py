@@ -17,10 +17,13 @@ from lightning_distill.losses.soft_targets import SoftTargets
 from lightning_distill.losses.targets import CrossEntropy, SquaredError, TeacherSquaredError
 from lightning_distill.losses.term import Term
 from lightning_distill.metrics import Accuracy, NegativeLogLikelihood
+from lightning_distill.modes import inference
 from lightning_distill.outputs import UNLABELLED, Outputs
 
 INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values")
 LABEL_KEYS = ("y", "label", "labels", "target", "targets")
+KEPT_FROM_MODELS = (*LABEL_KEYS, "index", "distill_mask", "teacher")
+"""Entries of a batch of tokens that no model gets."""
 
 
 class Task:
@@ -235,7 +238,7 @@ class SequenceClassification(Classification):
 
     def run(self, network: nn.Module, batch: Any) -> Outputs:
         """Call ``network`` with the tokenizer's entries of ``batch``."""
-        return to_outputs(network(**{key: batch[key] for key in batch if key not in (*LABEL_KEYS, "index")}))
+        return to_outputs(network(**{key: batch[key] for key in batch if key not in KEPT_FROM_MODELS}))
 
     def inputs(self, batch: Any) -> Tensor:
         """``input_ids``, shape ``(B, T)``, or ``inputs_embeds``."""
@@ -256,13 +259,14 @@ class SequenceClassification(Classification):
 class CausalLM(Task):
     """Next-token prediction by a transformers causal language model; an item is a token.
 
-    The batch is a mapping with ``input_ids`` and, where there is padding, ``attention_mask``, both ``(B, T)``; ``labels``
-    of the same shape are ``-100`` where a token is not to be learnt (prompts, padding, the first token of a packed
-    sequence). Without ``labels`` every token that is no padding counts. The shift by one happens here: position ``t`` is
-    compared with label ``t + 1``.
+    The batch is a mapping with ``input_ids`` and, where there is padding, ``attention_mask``, both ``(B, T)``;
+    ``labels`` of the same shape are ``-100`` where a token is not to be learnt (prompts, padding, the first token of a
+    packed sequence). Without ``labels`` every token that is no padding counts. The shift by one happens here: position
+    ``t`` is compared with label ``t + 1``. Unlabelled tokens count for terms on the teacher where ``distill_mask``,
+    boolean ``(B, T)``, is true (:class:`~lightning_distill.callbacks.OnPolicy` sets it on what the student generated).
 
-    Only the tokens that count are projected to the vocabulary, and only when a loss asks for logits: outputs hold hidden
-    states ``(n, d)`` of the ``n`` tokens that count, and the output layer. Models whose logits are more than an
+    Only the tokens that count are projected to the vocabulary, and only when a loss asks for logits: outputs hold
+    hidden states ``(n, d)`` of the ``n`` tokens that count, and the output layer. Models whose logits are more than an
     output layer over the last hidden state (soft-capped, scaled, with prompt adapters) are found out by a trial with
     the first batch and run as they are. Any other module that maps ``input_ids`` to logits ``(B, T, V)`` works too.
 
@@ -279,7 +283,7 @@ class CausalLM(Task):
 
     def run(self, network: nn.Module, batch: Any) -> Outputs:
         """Hidden states of the tokens that count and the output layer, or their logits."""
-        inputs = {key: batch[key] for key in batch if key not in (*LABEL_KEYS, "index")}
+        inputs = {key: batch[key] for key in batch if key not in KEPT_FROM_MODELS}
         keep = self.counts(batch)
         if network not in self._linear:
             self._linear[network] = _has_linear_head(network, inputs)
@@ -289,7 +293,8 @@ class CausalLM(Task):
             hidden = model.base_model(**inputs).last_hidden_state
             return Outputs(hidden=hidden[:, :-1][keep], head=model.get_output_embeddings())
         said = to_outputs(network(**inputs) if hasattr(network, "config") else network(inputs["input_ids"]))
-        return Outputs(said.logits[:, :-1][keep], features=said.features, attentions=said.attentions)
+        logits = said.logits[:, -batch["input_ids"].shape[1] :]  # a learned prompt has added positions in front
+        return Outputs(logits[:, :-1][keep], features=said.features, attentions=said.attentions)
 
     def counts(self, batch: Any) -> Tensor:
         """Which of the positions ``0 .. T - 2`` count, boolean, shape ``(B, T - 1)``."""
@@ -298,7 +303,10 @@ class CausalLM(Task):
         if "labels" not in batch or self.distill_prompt:
             return real
         labels: Tensor = batch["labels"]
-        return real & (labels[:, 1:] != UNLABELLED)
+        wanted = labels[:, 1:] != UNLABELLED
+        if "distill_mask" in batch:
+            wanted = wanted | batch["distill_mask"][:, 1:]
+        return real & wanted
 
     def inputs(self, batch: Any) -> Tensor:
         """``input_ids``, shape ``(B, T)``."""
@@ -355,8 +363,8 @@ class CausalLM(Task):
         largest = int(labels.max())
         if largest >= size:
             raise ValueError(
-                f"Token {largest} is outside the student's vocabulary of {size}. Tokenize with the student's tokenizer, or "
-                f"`student.resize_token_embeddings({largest + 1})`."
+                f"Token {largest} is outside the student's vocabulary of {size}. Tokenize with the student's "
+                f"tokenizer, or `student.resize_token_embeddings({largest + 1})`."
             )
 
 
@@ -368,15 +376,9 @@ def _has_linear_head(network: nn.Module, inputs: Mapping[str, Any]) -> bool:
     if head is None or not hasattr(model, "base_model"):
         return False
     few = {key: value[:1, :8] for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.no_grad():
-            logits = network(**few).logits
-            rebuilt = head(model.base_model(**few).last_hidden_state)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with inference(network):
+        logits = network(**few).logits
+        rebuilt = head(model.base_model(**few).last_hidden_state)
     return logits.shape == rebuilt.shape and bool(torch.allclose(logits, rebuilt, rtol=1e-3, atol=1e-3))
 
 

@@ -10,7 +10,7 @@ import difflib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,9 +20,6 @@ from lightning_distill.losses.soft_targets import Direction, kl_divergence, soft
 from lightning_distill.outputs import Step
 
 AnnealingShape = Literal["exponential", "linear", "cosine"]
-
-TemperatureRule = Callable[[Step], float | Tensor]
-"""Temperature for one batch: a number, or one value per item."""
 
 VOCABULARY_TEMPERATURES = {"gpt-50k": (15.0, 25.0), "llama-32k": (12.0, 20.0), "chinese-100k": (20.0, 30.0)}
 """Ranges one finds quoted for language models. No single ``tau_base`` gives them, and practice is 1 to 4."""

@@ -14,6 +14,7 @@ import argparse
 import importlib
 import os
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -185,7 +186,7 @@ def fit(build: Callable[[nn.Module, nn.Module], L.LightningModule], log: bool = 
 
 def torchdistill_loss() -> Callable[[nn.Module, nn.Module, Batch], Tensor]:
     losses = importlib.import_module("torchdistill.losses.mid_level")
-    criterion = losses.KDLoss("", "", temperature=TEMPERATURE, alpha=ALPHA, reduction="batchmean")
+    criterion = losses.KDLoss("", "output", "", "output", temperature=TEMPERATURE, alpha=ALPHA, reduction="batchmean")
 
     def loss_of(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         x, y = batch
@@ -241,8 +242,10 @@ def measure(work: Workload, rounds: int) -> dict[str, float]:
     if wrong:
         raise SystemExit(f"These variants compute another loss than {losses['hand-written loop']}: {wrong}")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
+    order = list(runs.items())
+    for number in range(rounds):
+        random.Random(number).shuffle(order)  # no variant always runs first, or after the same other
+        for name, run in order:
             spent = []
             for length in (short, work):
                 begin = time.process_time()

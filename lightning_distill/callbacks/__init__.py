@@ -5,6 +5,7 @@ if __name__ == "callbacks":
         "import lightning_distill.callbacks, not callbacks: the latter would be a second copy of each class"
     )
 
+from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 
-__all__ = ["TemperatureAnnealing"]
+__all__ = ["CacheWriter", "TemperatureAnnealing"]

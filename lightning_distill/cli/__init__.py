@@ -1,4 +1,4 @@
-"""The command line: ``lightning-distill fit | validate | test | predict | compare``."""
+"""The command line: ``lightning-distill fit | validate | test | predict | cache | compare``."""
 
 from lightning_distill.cli.main import main
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from lightning_distill.cli.cache import run_cache
 from lightning_distill.cli.comparison import run_comparison
 from lightning_distill.cli.trainer import run_trainer
 
@@ -16,6 +17,7 @@ TRAINER_COMMANDS = {
 }
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     **{name: (text, run_trainer) for name, text in TRAINER_COMMANDS.items()},
+    "cache": ("run a teacher over the training set once, to train from what it said", run_cache),
     "compare": ("methods times seeds, with a control group: table, plots, wandb", run_comparison),
 }
 

@@ -20,6 +20,7 @@ from lightning_distill.datamodules.tensors import (
     choose_stratified,
     corrupt_labels,
 )
+from lightning_distill.datamodules.text import TextDataModule
 
 __all__ = [
     "DigitsDataModule",
@@ -30,6 +31,7 @@ __all__ = [
     "ResumableSampler",
     "Splits",
     "TensorDataModule",
+    "TextDataModule",
     "choose_stratified",
     "corrupt_labels",
     "systematic_resample",

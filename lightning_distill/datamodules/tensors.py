@@ -183,7 +183,7 @@ class InMemoryDataModule(ResumableDataModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]] | list[DataLoader[tuple[Tensor, ...]]]:
         """Batches ``(inputs, labels)`` of the validation set, in order; none if there is no such set."""
         validation = self.splits.validation
-        return [] if validation is None else self._eval_dataloader(validation)
+        return [] if validation is None else self._eval_dataloader(*validation)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches ``(inputs, labels)`` of the test set, in order.
@@ -193,11 +193,19 @@ class InMemoryDataModule(ResumableDataModule):
         """
         if self.splits.test is None:
             raise ValueError(f"{type(self).__name__} has no test set; give it one: `test=(inputs, labels)`.")
-        return self._eval_dataloader(self.splits.test)
+        return self._eval_dataloader(*self.splits.test)
 
-    def _eval_dataloader(self, pair: Pair) -> DataLoader[tuple[Tensor, ...]]:
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches ``(inputs, labels, index)`` of the original training set, in order: what a teacher is cached on.
+
+        All samples with their own labels, whatever ``num_labels``, ``unlabelled`` and ``label_noise`` are.
+        """
+        inputs, labels = self.splits.train
+        return self._eval_dataloader(inputs, labels, torch.arange(len(labels)))
+
+    def _eval_dataloader(self, *tensors: Tensor) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(
-            Batches(*pair), batch_size=self.eval_batch_size, collate_fn=pass_through, generator=own_generator()
+            Batches(*tensors), batch_size=self.eval_batch_size, collate_fn=pass_through, generator=own_generator()
         )
 
 

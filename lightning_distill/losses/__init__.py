@@ -8,9 +8,19 @@ from lightning_distill.losses.big_vocabulary import (
     sparse_kd,
     sparse_kd_items,
 )
+from lightning_distill.losses.cross_task import CrossTaskTargets, cross_task_kd
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
 from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
 from lightning_distill.losses.fused import FusedKD
+from lightning_distill.losses.language_modelling import (
+    AdaptiveTokenWeight,
+    EntropyTokenWeight,
+    SampledKD,
+    SampledTargets,
+    adaptive_beta,
+    effective_share,
+    sampled_kd,
+)
 from lightning_distill.losses.logit_standardization import LogitStandardization, standardize_logits
 from lightning_distill.losses.mixup import Mixup, mixup
 from lightning_distill.losses.soft_targets import (
@@ -24,22 +34,33 @@ from lightning_distill.losses.soft_targets import (
 from lightning_distill.losses.targets import CrossEntropy, SquaredError, TeacherSquaredError, cross_entropy
 from lightning_distill.losses.term import Term, reduce_items, teacher_outputs
 from lightning_distill.losses.top_k import top_k_log_probs, topk_kl
+from lightning_distill.losses.top_k_targets import SparseKD, TopKTargets
 
 __all__ = [
     "DIST",
     "DKD",
+    "AdaptiveTokenWeight",
     "CrossEntropy",
+    "CrossTaskTargets",
+    "EntropyTokenWeight",
     "FusedKD",
     "FusedLoss",
     "KDItems",
     "LogitStandardization",
     "Mixup",
+    "SampledKD",
+    "SampledTargets",
     "SoftTargets",
+    "SparseKD",
     "SquaredError",
     "TeacherSquaredError",
     "Term",
+    "TopKTargets",
+    "adaptive_beta",
     "cross_entropy",
+    "cross_task_kd",
     "decoupled_divergence",
+    "effective_share",
     "fused_linear_kd",
     "fused_linear_kd_items",
     "inter_class_distance",
@@ -49,6 +70,7 @@ __all__ = [
     "mixup",
     "non_target_divergence",
     "reduce_items",
+    "sampled_kd",
     "skewed_kl_divergence",
     "soft_cross_entropy",
     "softened_log_softmax",

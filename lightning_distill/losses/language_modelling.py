@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from lightning_distill.losses.soft_targets import check_same_shape, softened_log_softmax
 from lightning_distill.losses.targets import cross_entropy
 from lightning_distill.losses.term import Term, teacher_outputs
-from lightning_distill.outputs import Step
+from lightning_distill.outputs import Outputs, Step
 
 Proposal = Literal["teacher", "student", "uniform"]
 
@@ -199,8 +200,9 @@ class AdaptiveTokenWeight:
         labels = step.labels
         if labels is None:
             return torch.tensor(self.beta0)
-        log_probs = [-cross_entropy(logits, labels[part]) for part, logits in teacher.chunks()]
-        return adaptive_beta(torch.cat(log_probs), beta0=self.beta0)
+        return adaptive_beta(
+            _in_parts(teacher, lambda logits, part: -cross_entropy(logits, labels[part])), beta0=self.beta0
+        )
 
 
 class EntropyTokenWeight:
@@ -223,11 +225,18 @@ class EntropyTokenWeight:
     @torch.no_grad()
     def __call__(self, step: Step) -> Tensor:
         """Weight of each item, shape of the items."""
-        entropies = [
-            torch.special.entr(softened_log_softmax(logits, 1.0).exp()).sum(dim=-1)
-            for _, logits in teacher_outputs(step).chunks()
-        ]
-        return adaptive_beta(-torch.cat(entropies), beta0=self.beta0)
+        return adaptive_beta(_in_parts(teacher_outputs(step), _negentropy), beta0=self.beta0)
+
+
+def _in_parts(teacher: Outputs, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """A function of the logits of each item, shape of the items, without all of the logits at once."""
+    values = [function(logits, part) for part, logits in teacher.chunks()]
+    return torch.cat(values) if values else function(teacher.logits, slice(None))  # if nothing counts, no parts
+
+
+def _negentropy(logits: Tensor, part: slice) -> Tensor:
+    entropy: Tensor = torch.special.entr(softened_log_softmax(logits, 1.0).exp()).sum(dim=-1)
+    return -entropy
 
 
 def _proposal(proposal: Proposal | Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def reduce_items(values: Tensor, mask: Tensor | None = None, weights: Tensor | N
     if weights is not None:
         values = values * weights
     if mask is None:
-        return values.mean()
+        return values.mean() if values.numel() > 0 else values.sum()  # the sum of nothing is 0, with a graph
     if mask.shape != values.shape:
         raise ValueError(
             f"A loss term returned values of shape {tuple(values.shape)} for items of shape {tuple(mask.shape)}; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill.losses.big_vocabulary import sparse_kd, sparse_kd_items
 from lightning_distill.losses.fused import linear_head_of, worth_fusing
@@ -16,12 +16,13 @@ from lightning_distill.top_k import TopKLogProbs, decode_top_k
 class TopKTargets(Term):
     """Divergence from the teacher over its ``k`` most probable classes and the tail of all others, times ``T ** 2``.
 
-    At most the divergence over all classes, and equal to it for ``k = C``; see :func:`~lightning_distill.losses.topk_kl`.
-    Where the student gives hidden states and an output layer and its logits would take much memory, they are computed
-    in chunks and not kept (:func:`~lightning_distill.losses.sparse_kd_items`).
+    At most the divergence over all classes, and equal to it for ``k = C``: see
+    :func:`~lightning_distill.losses.topk_kl`. Where the student gives hidden states and an output layer and its logits
+    would take much memory, they are computed in chunks and not kept
+    (:func:`~lightning_distill.losses.sparse_kd_items`).
 
-    The mass of the tail at one temperature does not follow from that at another, so the distillation temperature must be
-    one that the cache was written for.
+    The mass of the tail at one temperature does not follow from that at another, so the distillation temperature must
+    be one that the cache was written for.
 
     Args:
         beta: In [0, 1]; 0 forward KL, 1 reverse KL, between them the generalized Jensen-Shannon divergence.
@@ -85,10 +86,12 @@ class TopKTargets(Term):
 class SparseKD(Term):
     """``alpha * hard + (1 - alpha) * soft`` as one term, against a teacher's ``k`` most probable classes and its tail.
 
-    What :class:`FusedKD` is for a teacher that gives everything: both losses and their gradients at once, in chunks of
-    tokens where the logits would take much memory (:func:`~lightning_distill.losses.sparse_kd`), which costs about as
-    much as the cross-entropy alone. For language models: ``KD(..., alpha=0.3, terms={"kd": SparseKD(alpha=0.3)})``. The
-    parts are logged as ``"hard"`` and ``"soft"``.
+    What :class:`FusedKD` is for a teacher that gives everything. From hidden states and an output layer both losses and
+    their gradients are computed at once, in chunks of tokens, whatever their number
+    (:func:`~lightning_distill.losses.sparse_kd`): that takes about as long as the cross-entropy alone. For language
+    models: ``KD(..., alpha=0.3, terms={"kd": SparseKD(alpha=0.3)})``. The parts are logged as ``"hard"`` and
+    ``"soft"``. The gradient is used up by the first ``backward``; rules that need several take :class:`CrossEntropy`
+    and :class:`TopKTargets`.
 
     Args:
         alpha: Weight of the labels' loss, in [0, 1]; the teacher's gets ``1 - alpha``.
@@ -124,7 +127,7 @@ class SparseKD(Term):
         student = step.student
         known = _known(step, self.vocabulary)
         tail = known.tail_log_prob if self.add_tail else None
-        if not worth_fusing(student):
+        if not _unprojected(student):
             return self._plain(step, known, tail)
         head = linear_head_of(student)
         assert student.hidden is not None
@@ -162,21 +165,26 @@ def _known(step: Step, vocabulary: int | None) -> TopKLogProbs:
     top_k = teacher_outputs(step).top_k
     if top_k is None:
         raise ValueError(
-            "This loss term reads a teacher's largest logits, but the teacher gives all of them. Use `SoftTargets` (for "
-            "language models `FusedKD`), or a `CachedTeacher` whose cache was written with `kind='top_k'`."
+            "This loss term reads a teacher's largest logits, but the teacher gives all of them. Use `SoftTargets` "
+            "(for language models `FusedKD`), or a `CachedTeacher` whose cache was written with `kind='top_k'`."
         )
     size = _classes(step.student) if vocabulary is None else vocabulary
     if top_k.classes != size:
         raise ValueError(
-            f"The student has {size} classes, the teacher's cache {top_k.classes}. Both must be equal: give the student "
-            "as many outputs as the teacher. If they share a tokenizer and the surplus is padding, write the cache with "
-            "`vocabulary=` the true size, and pass the same `vocabulary=` to this term."
+            f"The student has {size} classes, the teacher's cache {top_k.classes}. Both must be equal: give the "
+            "student as many outputs as the teacher. If they share a tokenizer and the surplus is padding, write the "
+            "cache with `vocabulary=` the true size, and pass the same `vocabulary=` to this term."
         )
     return decode_top_k(top_k, temperature=_number(step.temperature))
 
 
 def _classes(student: Outputs) -> int:
-    return linear_head_of(student).out_features if worth_fusing(student) else student.logits.shape[-1]
+    return linear_head_of(student).out_features if _unprojected(student) else student.logits.shape[-1]
+
+
+def _unprojected(student: Outputs) -> bool:
+    """Whether there are hidden states and a linear output layer instead of logits."""
+    return not student.has_logits and student.hidden is not None and isinstance(student.head, nn.Linear)
 
 
 def _number(temperature: float | Tensor) -> float:

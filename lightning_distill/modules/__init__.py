@@ -2,5 +2,6 @@
 
 from lightning_distill.modules.base import DistillationModule
 from lightning_distill.modules.kd import KD
+from lightning_distill.modules.teacher_prediction import TeacherPrediction
 
-__all__ = ["KD", "DistillationModule"]
+__all__ = ["KD", "DistillationModule", "TeacherPrediction"]

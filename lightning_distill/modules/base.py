@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,14 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_distill.export import write_network
+from lightning_distill.adapters import has_adapter, leave_base_out, put_base_back
+from lightning_distill.export import standalone, write_network
 from lightning_distill.losses.term import Term, reduce_items
 from lightning_distill.modules.evaluation import Evaluation
 from lightning_distill.modules.hyperparameters import save_plain_hyperparameters
 from lightning_distill.modules.item_count import Count, ItemCount
 from lightning_distill.modules.loss_log import LossLog
 from lightning_distill.modules.random_state import random_states_of_all_ranks, set_random_state
-from lightning_distill.outputs import Outputs, Step
+from lightning_distill.outputs import Outputs, Step, StepRule
 from lightning_distill.taps import Taps
 from lightning_distill.tasks import Classification, Task
 from lightning_distill.teachers.build import TeacherLike, build_teacher
@@ -29,8 +29,8 @@ from lightning_distill.weighting import FixedWeights, Weighting
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-Temperature = float | Callable[[Step], float | Tensor]
-ItemWeights = Mapping[str, Callable[[Step], Tensor]]
+Temperature = float | StepRule
+ItemWeights = Mapping[str, StepRule]
 EVERY_TERM = "*"
 
 
@@ -247,15 +247,19 @@ class DistillationModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of every process's random numbers."""
+        """Add the state of every process's random numbers; leave the frozen base under a PEFT adapter out."""
         checkpoint["random_states"] = random_states_of_all_ranks()
+        leave_base_out(checkpoint, self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random numbers' state until the training starts."""
+        """Keep the random numbers' state until the training starts; put the student's own base under an adapter."""
         self._random_states = checkpoint.get("random_states")
+        put_base_back(checkpoint, self.student)
 
     def export(self, path: str | Path | None = None, *, overwrite: bool = False) -> nn.Module:
         """The student alone: its own class, in eval mode, on the CPU, with no trace of the distillation.
+
+        A PEFT adapter is merged into a copy of its base; :meth:`export_adapter` writes the adapter alone.
 
         Args:
             path: Where to write it: a ``.safetensors`` file, or, for a transformers model, a folder as
@@ -269,12 +273,33 @@ class DistillationModule(L.LightningModule):
         names = self._taps.names
         self._taps.remove()  # hooks would be copied
         try:
-            student = copy.deepcopy(self.student).cpu().eval()
+            student = standalone(self.student)
         finally:
             self._taps = Taps(self.student, names)
         if path is not None:
             write_network(student, Path(path), overwrite=overwrite)
         return student
+
+    def export_adapter(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the student's PEFT adapter without its base: a folder, as ``PeftModel.from_pretrained`` reads it.
+
+        Args:
+            path: The folder.
+            overwrite: Whether something at ``path`` may be replaced.
+
+        Raises:
+            TypeError: If the student has no adapter.
+            FileExistsError: If there is something at ``path`` and ``overwrite`` is False.
+            ValueError: If ``path`` looks like a file.
+        """
+        if not has_adapter(self.student):
+            raise TypeError(
+                f"The student is a {type(self.student).__name__} without a PEFT adapter. Use `export`, which writes it "
+                "whole."
+            )
+        if Path(path).suffix == ".safetensors":
+            raise ValueError(f"`path` must be a folder (weights and configuration of the adapter), got {str(path)!r}.")
+        write_network(self.student, Path(path), overwrite=overwrite)
 
     # Helpers.
 
@@ -316,7 +341,7 @@ class DistillationModule(L.LightningModule):
             self._evaluations[dataloader_idx] = Evaluation(self.task, step.student)
         evaluation = self._evaluations[dataloader_idx]
         evaluation.update(step)
-        if self.teacher is not None or not any(map(_needs_teacher, self.terms.values())):
+        if step.teacher is not None or not any(map(_needs_teacher, self.terms.values())):
             losses = self.losses(step)
             evaluation.update_losses({"loss": self.weighting(losses), **losses, **self._parts()}, _count(step))
 
@@ -324,7 +349,7 @@ class DistillationModule(L.LightningModule):
         for loader, evaluation in self._evaluations.items():
             suffix = f"/loader_{loader}" if len(self._evaluations) > 1 else ""
             values = {f"{stage}/{name}{suffix}": value for name, value in evaluation.compute().items()}
-            self.log_dict(values, batch_size=1)
+            self.log_dict(values, batch_size=1, sync_dist=self.trainer.world_size > 1)  # equal on all ranks already
         self._evaluations = {}
 
 
@@ -392,7 +417,7 @@ def _checked_temperature(temperature: Temperature) -> Temperature:
     return float(temperature)
 
 
-def _checked_item_weights(rules: ItemWeights, terms: Mapping[str, Term]) -> dict[str, Callable[[Step], Tensor]]:
+def _checked_item_weights(rules: ItemWeights, terms: Mapping[str, Term]) -> dict[str, StepRule]:
     if unknown := [name for name in rules if name != EVERY_TERM and name not in terms]:
         raise ValueError(
             f"`item_weights` names {unknown}, which are no terms; there are {list(terms)} and '*' for all."

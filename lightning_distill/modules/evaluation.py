@@ -16,8 +16,9 @@ from lightning_distill.tasks import Task
 class Evaluation:
     """The task's metrics of a student, and, beside a teacher, how well it imitates.
 
-    With a teacher of the same output shape: ``agreement`` (share of items on which both decide alike) and ``fidelity``
-    (mean KL divergence from the teacher, nats, temperature 1). Values are exact over all processes.
+    With a teacher of the same output shape, of which all logits are known: ``agreement`` (share of items on which both
+    decide alike) and ``fidelity`` (mean KL divergence from the teacher, nats, temperature 1). Values are exact over all
+    processes.
 
     Args:
         task: Which metrics there are.
@@ -43,6 +44,8 @@ class Evaluation:
             if scored is not None:
                 self._update(self._own, *scored)
             if step.teacher is None or step.teacher.item_shape != step.student.item_shape:
+                continue
+            if step.teacher.top_k is not None:  # all logits are not known
                 continue
             teacher = step.teacher.logits_of(part)
             if teacher.shape != student.shape:

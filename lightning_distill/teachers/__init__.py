@@ -1,7 +1,24 @@
 """Whatever a student can learn from."""
 
 from lightning_distill.teachers.build import TeacherLike, build_teacher, load_network
+from lightning_distill.teachers.cache import data_fingerprint, fingerprint, teacher_fingerprint
+from lightning_distill.teachers.cached import CachedTeacher
 from lightning_distill.teachers.frozen import FrozenTeacher, FunctionTeacher
+from lightning_distill.teachers.prompts import PromptEnsemble, prepend_tokens, prompt_ensemble
 from lightning_distill.teachers.teacher import Teacher
 
-__all__ = ["FrozenTeacher", "FunctionTeacher", "Teacher", "TeacherLike", "build_teacher", "load_network"]
+__all__ = [
+    "CachedTeacher",
+    "FrozenTeacher",
+    "FunctionTeacher",
+    "PromptEnsemble",
+    "Teacher",
+    "TeacherLike",
+    "build_teacher",
+    "data_fingerprint",
+    "fingerprint",
+    "load_network",
+    "prepend_tokens",
+    "prompt_ensemble",
+    "teacher_fingerprint",
+]

@@ -18,8 +18,11 @@ class Teacher(nn.Module):
     returns has no graph.
     """
 
-    def forward(self, batch: Any, task: Task) -> Outputs:
-        """What the teacher says about ``batch``; the logits have the shape of the student's."""
+    def forward(self, batch: Any, task: Task) -> Outputs | None:
+        """What the teacher says about ``batch``; the logits have the shape of the student's.
+
+        ``None``, outside training alone, if it has nothing to say: agreement with it is then not measured.
+        """
         raise TypeError(f"{type(self).__name__} is a `Teacher` without a `forward(batch, task)`; define one.")
 
     def tap(self, names: Iterable[str]) -> None:

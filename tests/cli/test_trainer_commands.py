@@ -6,6 +6,7 @@ import yaml
 
 from lightning_distill import KD
 from lightning_distill.cli import main
+from lightning_distill.outputs import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line shows users whatever it has to warn of
 
@@ -68,3 +69,25 @@ def test_help_lists_the_commands(capsys):
     assert all(name in said for name in ("fit", "validate", "test", "predict", "compare"))
     main([])
     assert capsys.readouterr().out == said
+
+
+def test_rules_transforms_and_terms_can_be_named_in_yaml(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = CONFIGURATION["model"]["init_args"] | {
+        "temperature": {"class_path": "lightning_distill.temperature.EntropyTemperature", "init_args": {"tau0": 3}},
+        "batch_transform": {"class_path": "lightning_distill.losses.Mixup", "init_args": {"num_classes": 10}},
+        "item_weights": {"soft": {"class_path": "tests.cli.test_trainer_commands.Half"}},
+    }
+    configuration = CONFIGURATION | {"model": {"class_path": "KD", "init_args": arguments}}
+    (tmp_path / "kd.yaml").write_text(yaml.safe_dump(configuration))
+    main(["fit", "-c", "kd.yaml"])
+    module = KD.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert module.temperature.tau0 == 3
+    assert module.batch_transform.num_classes == 10
+
+
+class Half:
+    """Weighs every item half."""
+
+    def __call__(self, step: Step) -> float:
+        return 0.5

@@ -312,7 +312,7 @@ def test_bounds():
         ),
         ({"scale_by_t2": False}, lambda s, t: kl_divergence(s, t, temperature=3.0, scale_by_t2=False)),
     ],
-    ids=str,
+    ids=["forward", "reverse", "JSD", "skewed", "skewed reverse", "without T²"],
 )
 def test_arguments_of_the_term_choose_the_divergence(arguments, function):
     student, teacher = pair(6, 5)
