@@ -35,9 +35,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     if logits.ndim > 2:
         flat = logits.flatten(0, -2), labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
         return cross_entropy(*flat, label_smoothing=label_smoothing).reshape(logits.shape[:-1])
-    return F.cross_entropy(
-        logits, labels, reduction="none", ignore_index=UNLABELLED, label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=UNLABELLED, label_smoothing=label_smoothing)
 
 
 class CrossEntropy(Term):
