@@ -6,6 +6,12 @@ if __name__ == "callbacks":
     )
 
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 
-__all__ = ["CacheWriter", "TemperatureAnnealing"]
+__all__ = [
+    "CacheWriter",
+    "OnPolicy",
+    "TemperatureAnnealing",
+    "generated_batch",
+]

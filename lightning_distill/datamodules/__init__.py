@@ -21,6 +21,7 @@ from lightning_distill.datamodules.tensors import (
     corrupt_labels,
 )
 from lightning_distill.datamodules.text import TextDataModule
+from lightning_distill.datamodules.two_tokenizers import TwoTokenizers, aligned_positions
 
 __all__ = [
     "DigitsDataModule",
@@ -32,6 +33,8 @@ __all__ = [
     "Splits",
     "TensorDataModule",
     "TextDataModule",
+    "TwoTokenizers",
+    "aligned_positions",
     "choose_stratified",
     "corrupt_labels",
     "systematic_resample",

@@ -9,6 +9,7 @@ from lightning_distill.losses.big_vocabulary import (
     sparse_kd_items,
 )
 from lightning_distill.losses.cross_task import CrossTaskTargets, cross_task_kd
+from lightning_distill.losses.cross_tokenizer import UniversalLogitDistance, universal_logit_distance
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
 from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
 from lightning_distill.losses.fused import FusedKD
@@ -56,6 +57,7 @@ __all__ = [
     "TeacherSquaredError",
     "Term",
     "TopKTargets",
+    "UniversalLogitDistance",
     "adaptive_beta",
     "cross_entropy",
     "cross_task_kd",
@@ -81,4 +83,5 @@ __all__ = [
     "teacher_outputs",
     "top_k_log_probs",
     "topk_kl",
+    "universal_logit_distance",
 ]

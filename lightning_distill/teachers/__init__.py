@@ -1,16 +1,20 @@
 """Whatever a student can learn from."""
 
+from lightning_distill.teachers.adapter import AdapterOffTeacher
 from lightning_distill.teachers.build import TeacherLike, build_teacher, load_network
 from lightning_distill.teachers.cache import data_fingerprint, fingerprint, teacher_fingerprint
 from lightning_distill.teachers.cached import CachedTeacher
 from lightning_distill.teachers.frozen import FrozenTeacher, FunctionTeacher
+from lightning_distill.teachers.other_tokenizer import OtherTokenizerTeacher
 from lightning_distill.teachers.prompts import PromptEnsemble, prepend_tokens, prompt_ensemble
 from lightning_distill.teachers.teacher import Teacher
 
 __all__ = [
+    "AdapterOffTeacher",
     "CachedTeacher",
     "FrozenTeacher",
     "FunctionTeacher",
+    "OtherTokenizerTeacher",
     "PromptEnsemble",
     "Teacher",
     "TeacherLike",
