@@ -6,11 +6,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
-
-from lightning_distill.datamodules.mnist1d import cache_folder
 
 
 def cached(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -34,3 +33,9 @@ def cached(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
                 torch.save(saved, file)
             os.replace(file.name, path)
     return saved
+
+
+def cache_folder() -> Path:
+    """Where generated data are kept between runs: ``LIGHTNING_DISTILL_CACHE``, or ``~/.cache/lightning_distill``."""
+    named = os.environ.get("LIGHTNING_DISTILL_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "lightning_distill"

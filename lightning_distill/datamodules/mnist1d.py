@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 import random
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_distill.datamodules.disk_cache import cached
 from lightning_distill.datamodules.tensors import InMemoryDataModule, Pair, Splits, check_num_labels
 
 TRAIN_SIZE = 4000
@@ -85,19 +83,19 @@ class MNIST1DDataModule(InMemoryDataModule):
 @functools.cache
 def mnist1d() -> Splits:
     """The 4000 training and 1000 test signals, and 1000 more for validation; ``(N, 1, 40)`` and labels ``(N,)``."""
-    path = cache_folder() / f"mnist1d-{version('mnist1d')}.pt"
-    saved = _read(path)
-    if saved is None:
-        inputs, labels = generate(seed=42)
-        fresh_inputs, fresh_labels = generate(seed=43, num_samples=VALIDATION_SIZE)
-        saved = {"x": inputs, "y": labels, "x_validation": fresh_inputs, "y_validation": fresh_labels}
-        _write(path, saved)
+    saved = cached(f"mnist1d-{version('mnist1d')}.pt", _generate_all)
     x, y = saved["x"], saved["y"]
     return Splits(
         train=(x[:TRAIN_SIZE], y[:TRAIN_SIZE]),
         validation=(saved["x_validation"], saved["y_validation"]),
         test=(x[TRAIN_SIZE:], y[TRAIN_SIZE:]),
     )
+
+
+def _generate_all() -> dict[str, Tensor]:
+    inputs, labels = generate(seed=42)
+    fresh_inputs, fresh_labels = generate(seed=43, num_samples=VALIDATION_SIZE)
+    return {"x": inputs, "y": labels, "x_validation": fresh_inputs, "y_validation": fresh_labels}
 
 
 def generate(*, seed: int = 42, num_samples: int = 5000) -> Pair:
@@ -132,28 +130,4 @@ def _global_random_state_kept() -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def cache_folder() -> Path:
-    """Where generated data are kept between runs: ``LIGHTNING_DISTILL_CACHE``, or ``~/.cache/lightning_distill``."""
-    named = os.environ.get("LIGHTNING_DISTILL_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "lightning_distill"
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """The saved tensors, or ``None`` if there are none that can be read."""
-    try:
-        saved: dict[str, Tensor] = torch.load(path, weights_only=True)
-    except Exception:  # a missing or damaged file of any kind is generated anew
-        return None
-    return saved
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Save for later runs, whole or not at all; a folder that cannot be written to costs only time."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            torch.save(tensors, file)
-        os.replace(file.name, path)
-
-
-__all__ = ["MNIST1DDataModule", "cache_folder", "generate", "mnist1d"]
+__all__ = ["MNIST1DDataModule", "generate", "mnist1d"]
