@@ -37,6 +37,7 @@ CONSTRUCTION = {
     "alpha NaN": (lambda: KD(net(), net(), alpha=NAN), ValueError, r"must be in \[0, 1\], got nan"),
     "student no module": (lambda: KD(lambda x: x, net()), TypeError, "`student` must be a torch Module, got function"),
     "student a name that images cannot have": (lambda: KD(3, net()), TypeError, "`student` must be a torch Module, got int"),
+    "teacher the student itself": (lambda: KD(*[net()] * 2), ValueError, "`teacher` is the same object as `student`; it would be frozen"),
     "teacher a number": (lambda: KD(net(), 3), TypeError, "`teacher` must be a module, a Hugging Face name or path.*got int"),
     "frozen teacher no module": (lambda: FrozenTeacher("x"), TypeError, "`network` must be a `torch.nn.Module`, got str"),
     "function teacher no function": (lambda: FunctionTeacher(3), TypeError, "`function` must be callable, got int"),

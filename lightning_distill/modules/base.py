@@ -91,6 +91,11 @@ class DistillationModule(L.LightningModule):
         # transformers hands out pretrained models in eval mode, and the Trainer leaves modes as they are
         self.student = self.task.load(student).train() if isinstance(student, str) else student
         _check_type("student", self.student, nn.Module)
+        if teacher is self.student:
+            raise ValueError(
+                "`teacher` is the same object as `student`; it would be frozen. Pass `copy.deepcopy(student)`, or, for "
+                "a student with a PEFT adapter, `AdapterOffTeacher(student)`."
+            )
         self.teacher = build_teacher(teacher, self.task)
         self.terms = nn.ModuleDict(_checked_terms(terms))
         self.weighting = _build_weighting(weights, terms)
