@@ -149,4 +149,3 @@ class StepRule(Protocol):
 
     def __call__(self, step: Step) -> Any:
         """A number, or one per item."""
-        ...
