@@ -21,8 +21,7 @@ class Outputs:
 
     Args:
         logits: Unnormalised scores, shape ``(items..., C)`` (``(B, D)`` predictions for a regression).
-        features: Tapped activations by tap name.
-        attentions: Attention maps by name, each of shape ``(B, heads, queries, keys)``.
+        features: Tapped activations by tap name; attention maps have the shape ``(B, heads, queries, keys)``.
         hidden: Last hidden state, shape ``(items..., d)``. With ``head`` it stands for ``logits``, which are
             then computed when somebody asks and not before.
         head: Maps ``hidden`` to logits.
@@ -38,7 +37,6 @@ class Outputs:
         logits: Tensor | None = None,
         *,
         features: Mapping[str, Tensor] | None = None,
-        attentions: Mapping[str, Tensor] | None = None,
         hidden: Tensor | None = None,
         head: Callable[[Tensor], Tensor] | None = None,
         top_k: TopK | None = None,
@@ -47,7 +45,6 @@ class Outputs:
             raise ValueError("`Outputs` needs `logits`, or both of `hidden` and `head` to compute them from.")
         self._logits = logits
         self.features = dict(features or {})
-        self.attentions = dict(attentions or {})
         self.hidden = hidden
         self.head = head
         self.top_k = top_k
@@ -120,6 +117,9 @@ class Step:
         labels: Class indices of the item shape, :data:`UNLABELLED` where there is none; or class probabilities
             of the item shape plus ``(C,)``; or regression targets. ``None`` if the batch has no labels at all.
         mask: Which items count (padding does not), boolean, of the item shape; ``None`` if all do.
+        positions: Which positions of a sequence count, boolean, shape ``(B, T)``; ``None`` where samples are no
+            sequences. Features along a sequence are compared there.
+        token_items: Whether an item is one of those positions (a token), and not a sample.
         temperature: Of the distillation; a number, or one value per item.
         index: Identity of each sample in its data set, shape ``(B,)``, where the data module gives it.
         step: Optimizer steps done so far.
@@ -132,6 +132,8 @@ class Step:
     teacher: Outputs | None = None
     labels: Tensor | None = None
     mask: Tensor | None = None
+    positions: Tensor | None = None
+    token_items: bool = False
     temperature: float | Tensor = 1.0
     index: Tensor | None = None
     step: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,6 +39,9 @@ class Task:
 
     imitable = False
     """Whether agreement and KL divergence with a teacher say something about the outputs."""
+
+    token_items = False
+    """Whether an item is a token, and not a sample."""
 
     def __init__(self, input_key: str | None = None, label_key: str | None = None) -> None:
         self.input_key = input_key
@@ -89,6 +92,10 @@ class Task:
 
     def mask(self, batch: Any, outputs: Outputs) -> Tensor | None:
         """Which items count, of the item shape; ``None`` if all do."""
+        return None
+
+    def positions(self, batch: Any) -> Tensor | None:
+        """Which positions of a sequence count, boolean, shape ``(B, T)``; ``None`` where samples are no sequences."""
         return None
 
     def index(self, batch: Any) -> Tensor | None:
@@ -248,6 +255,13 @@ class SequenceClassification(Classification):
         inputs: Tensor = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
         return inputs
 
+    def positions(self, batch: Any) -> Tensor:
+        """Those that are no padding."""
+        if (padding := batch.get("attention_mask")) is not None:
+            return padding.bool()  # type: ignore[no-any-return]
+        inputs = self.inputs(batch)
+        return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+
     def load(self, name: str) -> nn.Module:
         """A sequence classifier by Hugging Face name or local path."""
         from transformers import AutoModelForSequenceClassification
@@ -275,6 +289,7 @@ class CausalLM(Task):
     """
 
     imitable = True
+    token_items = True
 
     def __init__(self, distill_prompt: bool = False) -> None:
         super().__init__()
@@ -294,7 +309,7 @@ class CausalLM(Task):
             return Outputs(hidden=hidden[:, :-1][keep], head=model.get_output_embeddings())
         said = to_outputs(network(**inputs) if hasattr(network, "config") else network(inputs["input_ids"]))
         logits = said.logits[:, -batch["input_ids"].shape[1] :]  # a learned prompt has added positions in front
-        return Outputs(logits[:, :-1][keep], features=said.features, attentions=said.attentions)
+        return Outputs(logits[:, :-1][keep], features=said.features)
 
     def counts(self, batch: Any) -> Tensor:
         """Which of the positions ``0 .. T - 2`` count, boolean, shape ``(B, T - 1)``."""
@@ -307,6 +322,10 @@ class CausalLM(Task):
         if "distill_mask" in batch:
             wanted = wanted | batch["distill_mask"][:, 1:]
         return real & wanted
+
+    def positions(self, batch: Any) -> Tensor:
+        """Those whose next token counts: the items of the batch, in their order."""
+        return torch.nn.functional.pad(self.counts(batch), (0, 1))
 
     def inputs(self, batch: Any) -> Tensor:
         """``input_ids``, shape ``(B, T)``."""
@@ -428,20 +447,13 @@ def to_outputs(said: Any) -> Outputs:
         return said
     if isinstance(said, Tensor):
         return Outputs(said)
-    get: Callable[[str], Any] | None = None
-    if isinstance(said, Mapping):
-        get = said.get
-    elif hasattr(said, "logits"):
-        get = lambda name: getattr(said, name, None)  # noqa: E731
-    logits = get("logits") if get is not None else None
-    if get is None or not isinstance(logits, Tensor):
+    logits = said.get("logits") if isinstance(said, Mapping) else getattr(said, "logits", None)
+    if not isinstance(logits, Tensor):
         raise TypeError(
             "A network must return logits (a tensor), `Outputs`, or an object with `logits`, "
             f"got {type(said).__name__}."
         )
-    features = {f"hidden_states.{i}": state for i, state in enumerate(get("hidden_states") or ())}
-    attentions = {f"attentions.{i}": map_ for i, map_ in enumerate(get("attentions") or ()) if map_ is not None}
-    return Outputs(logits, features=features, attentions=attentions)
+    return Outputs(logits)
 
 
 __all__ = ["CausalLM", "Classification", "Regression", "SequenceClassification", "Task", "to_outputs"]

@@ -49,8 +49,9 @@ def test_documented_sizes():
 )
 def test_taps_have_the_documented_shapes_and_every_parameter_gets_a_gradient(network, shape, taps):
     tapped = Taps(network, taps)
-    logits = network(torch.randn(shape))
-    assert {name: tuple(feature.shape) for name, feature in tapped.take().items()} == taps
+    with tapped.recording() as features:
+        logits = network(torch.randn(shape))
+    assert {name: tuple(feature.shape) for name, feature in features.items()} == taps
     assert logits.shape == (3, network.head.out_features)
     logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())

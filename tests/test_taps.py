@@ -24,27 +24,86 @@ class Hint(Term):
         return difference.square().mean(dim=-1)
 
 
-def test_keep_what_the_submodules_return():
+def test_keep_what_the_submodules_return_and_get():
     net, x = network(), torch.randn(5, 4)
-    taps = Taps(net, ["0", "1", "0"])
-    net(x)
-    kept = taps.take()
-    assert list(kept) == ["0", "1"]
+    taps = Taps(net, ["0", "1", "0", "2@input"])
+    with taps.recording() as kept:
+        net(x)
+    assert list(kept) == ["0", "1", "2@input"]
     torch.testing.assert_close(kept["1"], net[1](net[0](x)))
-    assert taps.take()["0"].shape == (5, 8)  # of the calls above
-    assert taps.take() == {}
+    assert kept["2@input"] is kept["1"]
+
+
+def test_keep_the_last_pass_of_a_recording_and_nothing_outside():
+    net = network()
+    taps = Taps(net, ["0"])
+    net(torch.randn(7, 4))
+    with taps.recording() as kept:
+        assert kept == {}
+        net(torch.randn(5, 4))
+        net(torch.randn(6, 4))
+    net(torch.randn(8, 4))
+    assert kept["0"].shape == (6, 8)
+    with taps.recording() as empty:
+        pass
+    assert empty == {}
+
+
+def test_inputs_by_keyword_are_found():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(3)
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    net, x = Outer(), torch.randn(2, 3)
+    with Taps(net, ["norm@input"]).recording() as kept:
+        net(x)
+    assert kept["norm@input"] is x
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_activation_checkpointing_repeats_is_not_kept(use_reentrant):
+    net, x = network(), torch.randn(5, 4, requires_grad=True)
+    with Taps(net, ["1"]).recording() as kept:
+        out = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=use_reentrant)
+    first = kept["1"]
+    assert first.requires_grad is not use_reentrant
+    loss = out.sum() if use_reentrant else out.sum() + first.sum()
+    loss.backward()  # runs the network again
+    assert kept["1"] is first
+    if not use_reentrant:
+        y = x.detach().requires_grad_()
+        (net(y).sum() + net[:2](y).sum()).backward()
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+def test_compiled_networks_are_tapped():
+    net, x = network(), torch.randn(5, 4)
+    taps = Taps(net, ["1"])
+    expected = net[:2](x)
+    net.compile(backend="aot_eager")
+    for _ in range(2):
+        with taps.recording() as kept:
+            net(x)
+        torch.testing.assert_close(kept["1"], expected)
+        assert kept["1"].requires_grad
 
 
 def test_leave_no_hook_behind():
     net = network()
-    taps = Taps(net, ["0"])
+    taps = Taps(net, ["0", "1@input"])
     assert net[0]._forward_hooks
+    assert net[1]._forward_pre_hooks
     taps.remove()
-    net(torch.randn(1, 4))
-    assert taps.take() == {}
-    assert not any(module._forward_hooks for module in net.modules())
+    with taps.recording() as kept:
+        net(torch.randn(1, 4))
+    assert kept == {}
     Taps(net, [])
-    assert not any(module._forward_hooks for module in net.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
 def test_a_wrong_name_is_answered_with_the_nearest():
@@ -53,6 +112,8 @@ def test_a_wrong_name_is_answered_with_the_nearest():
         Taps(net, ["encodr"])
     with pytest.raises(ValueError, match="it has no submodules"):
         Taps(nn.Linear(1, 1), ["x"])
+    with pytest.raises(ValueError, match=r"ModuleDict has no submodule 'hidden_states.0'"):
+        Taps(net, ["hidden_states.0"])
 
 
 def test_a_tap_on_something_without_tensors_is_refused():
@@ -61,8 +122,9 @@ def test_a_tap_on_something_without_tensors_is_refused():
             return None
 
     net = nn.Sequential(Nothing())
-    Taps(net, ["0"])
-    with pytest.raises(TypeError, match="The submodule '0' returned NoneType"):
+    taps = Taps(net, ["0"])
+    net(torch.ones(1))  # nobody wants it now
+    with pytest.raises(TypeError, match="The tap '0' found NoneType"), taps.recording():
         net(torch.ones(1))
 
 

@@ -47,12 +47,9 @@ def test_reads_named_keys():
 
 
 def test_reads_what_networks_return():
-    logits, hidden, attention = torch.randn(3, 2), (torch.ones(1), torch.zeros(1)), (None, torch.ones(1))
+    logits = torch.randn(3, 2)
     assert to_outputs(logits).logits is logits
-    said = to_outputs(SimpleNamespace(logits=logits, hidden_states=hidden, attentions=attention))
-    assert said.logits is logits
-    assert list(said.features) == ["hidden_states.0", "hidden_states.1"]
-    assert list(said.attentions) == ["attentions.1"]
+    assert to_outputs(SimpleNamespace(logits=logits)).logits is logits
     assert to_outputs({"logits": logits}).logits is logits
     with pytest.raises(TypeError, match=r"A network must return logits \(a tensor\).*got tuple"):
         to_outputs((logits,))

@@ -12,7 +12,9 @@ from lightning_distill.losses.cross_task import CrossTaskTargets, cross_task_kd
 from lightning_distill.losses.cross_tokenizer import UniversalLogitDistance, universal_logit_distance
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
 from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
+from lightning_distill.losses.features import FeatureMatching
 from lightning_distill.losses.fused import FusedKD
+from lightning_distill.losses.items import per_item
 from lightning_distill.losses.language_modelling import (
     AdaptiveTokenWeight,
     EntropyTokenWeight,
@@ -22,6 +24,7 @@ from lightning_distill.losses.language_modelling import (
     effective_share,
     sampled_kd,
 )
+from lightning_distill.losses.lazy import Lazy, is_unbuilt
 from lightning_distill.losses.logit_standardization import LogitStandardization, standardize_logits
 from lightning_distill.losses.mixup import Mixup, mixup
 from lightning_distill.losses.soft_targets import (
@@ -36,6 +39,7 @@ from lightning_distill.losses.targets import CrossEntropy, SquaredError, Teacher
 from lightning_distill.losses.term import Term, reduce_items, teacher_outputs
 from lightning_distill.losses.top_k import top_k_log_probs, topk_kl
 from lightning_distill.losses.top_k_targets import SparseKD, TopKTargets
+from lightning_distill.losses.transforms import LinearTransform, MLPTransform, channels_last, resize
 
 __all__ = [
     "DIST",
@@ -44,10 +48,14 @@ __all__ = [
     "CrossEntropy",
     "CrossTaskTargets",
     "EntropyTokenWeight",
+    "FeatureMatching",
     "FusedKD",
     "FusedLoss",
     "KDItems",
+    "Lazy",
+    "LinearTransform",
     "LogitStandardization",
+    "MLPTransform",
     "Mixup",
     "SampledKD",
     "SampledTargets",
@@ -59,6 +67,7 @@ __all__ = [
     "TopKTargets",
     "UniversalLogitDistance",
     "adaptive_beta",
+    "channels_last",
     "cross_entropy",
     "cross_task_kd",
     "decoupled_divergence",
@@ -67,11 +76,14 @@ __all__ = [
     "fused_linear_kd_items",
     "inter_class_distance",
     "intra_class_distance",
+    "is_unbuilt",
     "jensen_shannon_divergence",
     "kl_divergence",
     "mixup",
     "non_target_divergence",
+    "per_item",
     "reduce_items",
+    "resize",
     "sampled_kd",
     "skewed_kl_divergence",
     "soft_cross_entropy",

@@ -66,6 +66,10 @@ class LogitStandardization(Term):
         self.student_taps = tuple(self.term.student_taps)
         self.teacher_taps = tuple(self.term.teacher_taps)
 
+    def build(self, step: Step) -> None:
+        """Build the wrapped term."""
+        self.term.build(step)
+
     def forward(self, step: Step) -> Tensor:
         """What the wrapped term says about the standardized step."""
         student, teacher = _standardized(step.student), _standardized(teacher_outputs(step))
@@ -74,4 +78,4 @@ class LogitStandardization(Term):
 
 
 def _standardized(outputs: Outputs) -> Outputs:
-    return Outputs(standardize_logits(outputs.logits), features=outputs.features, attentions=outputs.attentions)
+    return Outputs(standardize_logits(outputs.logits), features=outputs.features)

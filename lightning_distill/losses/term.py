@@ -31,6 +31,9 @@ class Term(nn.Module):
     teacher_taps: Iterable[str] = ()
     parts: Mapping[str, Tensor] = MappingProxyType({})
 
+    def build(self, step: Step) -> None:
+        """Create the parameters whose shapes only a batch tells (see :class:`~lightning_distill.losses.lazy.Lazy`)."""
+
     def forward(self, step: Step) -> Tensor:
         """Value of each item, shape of the items; or a scalar for the whole batch."""
         raise TypeError(f"{type(self).__name__} is a `Term` without a `forward(step)`; define one.")

@@ -15,8 +15,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill.adapters import has_adapter, leave_base_out, put_base_back
 from lightning_distill.export import standalone, write_network
+from lightning_distill.losses.lazy import is_unbuilt
 from lightning_distill.losses.term import Term, reduce_items
+from lightning_distill.modes import inference
 from lightning_distill.modules.evaluation import Evaluation
+from lightning_distill.modules.first_samples import first_samples
 from lightning_distill.modules.hyperparameters import save_plain_hyperparameters
 from lightning_distill.modules.item_count import Count, ItemCount
 from lightning_distill.modules.loss_log import LossLog
@@ -134,14 +137,17 @@ class DistillationModule(L.LightningModule):
     def observe(self, batch: Any) -> Step:
         """Let the teacher and the student speak about ``batch``."""
         teacher = self.teacher(batch, self.task) if self.teacher is not None else None
-        student = self.task.run(self.student, batch)
-        student.features.update(self._taps.take())
+        with self._taps.recording() as features:
+            student = self.task.run(self.student, batch)
+        student.features.update(features)
         step = Step(
             batch=batch,
             student=student,
             teacher=teacher,
             labels=self.task.labels(batch),
             mask=self.task.mask(batch, student),
+            positions=self.task.positions(batch),
+            token_items=self.task.token_items,
             index=self.task.index(batch),
         )
         if (trainer := self._attached) is not None:
@@ -159,7 +165,25 @@ class DistillationModule(L.LightningModule):
             name: reduce_items(term(step), step.mask, self._weights_of(name, step)) for name, term in self.terms.items()
         }
 
+    def build(self, batch: Any) -> None:
+        """Make the parts of the terms whose shapes a batch tells, such as projections of features.
+
+        ``fit`` does it by itself with two samples of the data module's training set. Call it before where loaders are
+        handed to ``fit`` instead: ``module.build(next(iter(loader)))``.
+        """
+        with inference(self.student):
+            step = self.observe(batch)
+            for term in self.terms.values():
+                if isinstance(term, Term) and is_unbuilt(term):
+                    term.build(step)
+
     # The Trainer's hooks.
+
+    def setup(self, stage: str) -> None:
+        """Build what waits for a first batch."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None and stage != "predict" and is_unbuilt(self.terms):
+            self.build(first_samples(datamodule.train_dataloader()))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch: its losses, weighted, as one scalar."""
@@ -237,6 +261,12 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student, the terms' own parameters and, without weight decay, the weighting's."""
+        if is_unbuilt(self.terms):
+            unbuilt = [name for name, term in self.terms.items() if is_unbuilt(term)]
+            raise ValueError(
+                f"The shapes that the terms {unbuilt} work on are not known. Pass a data module to `fit`, or call "
+                "`module.build(next(iter(loader)))` before it."
+            )
         trained = [p for part in (self.student, self.terms) for p in part.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("The student has no trainable parameter: `requires_grad` is False for all of them.")
@@ -346,6 +376,8 @@ class DistillationModule(L.LightningModule):
             self._evaluations[dataloader_idx] = Evaluation(self.task, step.student)
         evaluation = self._evaluations[dataloader_idx]
         evaluation.update(step)
+        if is_unbuilt(self.terms):
+            return
         if step.teacher is not None or not any(map(_needs_teacher, self.terms.values())):
             losses = self.losses(step)
             evaluation.update_losses({"loss": self.weighting(losses), **losses, **self._parts()}, _count(step))

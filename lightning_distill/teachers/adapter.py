@@ -67,9 +67,9 @@ class AdapterOffTeacher(Teacher):
         base = network.get_base_model()
         taps = Taps(base, self._names)  # for this pass only: the student's passes go through the same modules
         try:
-            with inference(network), _adapter_off(network):
+            with inference(network), _adapter_off(network), taps.recording() as features:
                 outputs = task.run(base, batch)
-            outputs.features.update(taps.take())
+            outputs.features.update(features)
         finally:
             taps.remove()
         return outputs

@@ -54,9 +54,9 @@ class FrozenTeacher(Teacher):
         if network.training:  # somebody who holds the network itself has called train()
             network.eval()
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
-        outputs = task.run(network, _cast(batch, dtype))
-        if self._taps.names:
-            outputs.features.update(self._taps.take())
+        with self._taps.recording() as features:
+            outputs = task.run(network, _cast(batch, dtype))
+        outputs.features.update(features)
         return outputs
 
     def tap(self, names: Iterable[str]) -> None:
