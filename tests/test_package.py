@@ -13,7 +13,17 @@ import pytest
 import lightning_distill
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["", ".callbacks", ".comparison", ".datamodules", ".losses", ".modules", ".teachers", ".weighting"]
+ROOMS = [
+    "",
+    ".callbacks",
+    ".comparison",
+    ".datamodules",
+    ".diagnostics",
+    ".losses",
+    ".modules",
+    ".teachers",
+    ".weighting",
+]
 
 
 @pytest.mark.parametrize("room", ROOMS)
