@@ -1,7 +1,8 @@
 """The techniques as LightningModules."""
 
 from lightning_distill.modules.base import DistillationModule
+from lightning_distill.modules.feature_kd import FeatureKD
 from lightning_distill.modules.kd import KD
 from lightning_distill.modules.teacher_prediction import TeacherPrediction
 
-__all__ = ["KD", "DistillationModule", "TeacherPrediction"]
+__all__ = ["KD", "DistillationModule", "FeatureKD", "TeacherPrediction"]

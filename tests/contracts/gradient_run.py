@@ -9,7 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_distill import KD
+from lightning_distill.losses import FeatureMatching
 from lightning_distill.tasks import Classification
+
+KINDS = ("samples", "tokens", "features")
 
 
 class Tokens(Classification):
@@ -26,7 +29,7 @@ def network(width, seed):
 
 def data(kind):
     generator = torch.Generator().manual_seed(0)
-    shape = (32,) if kind == "samples" else (32, 5)
+    shape = (32, 5) if kind == "tokens" else (32,)
     x = torch.randn(*shape, 4, generator=generator)
     y = torch.randint(0, 3, shape, generator=generator)
     y[:11] = -100  # unlabelled: whole micro-batches of them
@@ -39,8 +42,15 @@ def gradient(kind, devices, batch_size, accumulate, folder):
     """What a step of ``devices`` processes changed, at learning rate 1."""
     student = network(8, 1)
     before = nn.utils.parameters_to_vector(student.parameters()).detach().clone()
-    task = Classification() if kind == "samples" else Tokens()
-    module = KD(student, network(16, 2), task=task, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    module = KD(
+        student,
+        network(16, 2),
+        task=Tokens() if kind == "tokens" else Classification(),
+        terms={"hint": FeatureMatching({"0": "0", "1": "1"}, weights=[1.0, 0.0])} if kind == "features" else None,
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+    )
+    torch.manual_seed(3)
+    module.build((torch.zeros(2, 4),))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -61,5 +71,5 @@ def gradient(kind, devices, batch_size, accumulate, folder):
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     splits = [tuple(map(int, split.split("x"))) for split in sys.argv[2:]]
-    found = {(kind, *split): gradient(kind, 2, *split, target) for kind in ("samples", "tokens") for split in splits}
+    found = {(kind, *split): gradient(kind, 2, *split, target) for kind in KINDS for split in splits}
     torch.save(found, target / f"gradients-{torch.distributed.get_rank()}.pt")

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_distill import KD
 from lightning_distill.callbacks import TemperatureAnnealing
 from lightning_distill.datamodules import TensorDataModule
+from lightning_distill.losses import FeatureMatching
 
 
 class Kill(L.Callback):
@@ -38,6 +39,7 @@ def main(folder, devices, workers, kill_at):
     module = KD(
         network(8, 1),
         network(16, 2),
+        terms={"hint": FeatureMatching({"0": "0", "2": "2"}, weights=[0.0, 0.1])},
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.01),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3),
     )

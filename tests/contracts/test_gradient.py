@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contracts.gradient_run import gradient
+from tests.contracts.gradient_run import KINDS, gradient
 
 SCRIPT = Path(__file__).with_name("gradient_run.py")
 
 
-@pytest.mark.parametrize("kind", ["samples", "tokens"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_do_not_change_the_gradient(tmp_path, kind):
     whole = gradient(kind, 1, 32, 1, tmp_path)
     assert whole.norm() > 1e-3
@@ -33,7 +33,7 @@ def test_two_processes_do_not_change_the_gradient(tmp_path):
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         found = torch.load(tmp_path / f"gradients-{rank}.pt")
-        assert len(found) == 2 * len(splits)
+        assert len(found) == len(KINDS) * len(splits)
         for (kind, *split), value in found.items():
             whole = gradient(kind, 1, 32, 1, tmp_path)
             assert (value - whole).norm() <= 1e-5 * whole.norm(), (kind, split)
