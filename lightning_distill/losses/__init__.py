@@ -11,6 +11,21 @@ from lightning_distill.losses.big_vocabulary import (
 from lightning_distill.losses.cross_task import CrossTaskTargets, cross_task_kd
 from lightning_distill.losses.cross_tokenizer import UniversalLogitDistance, universal_logit_distance
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
+from lightning_distill.losses.distances import (
+    CKA,
+    CRD,
+    DISTANCES,
+    MMD,
+    RKD,
+    VID,
+    ContentPosition,
+    Correlation,
+    HierarchicalContext,
+    LowRank,
+    PooledSequence,
+    Procrustes,
+    Spectrum,
+)
 from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
 from lightning_distill.losses.features import FeatureMatching
 from lightning_distill.losses.fused import FusedKD
@@ -42,25 +57,38 @@ from lightning_distill.losses.top_k_targets import SparseKD, TopKTargets
 from lightning_distill.losses.transforms import LinearTransform, MLPTransform, channels_last, resize
 
 __all__ = [
+    "CKA",
+    "CRD",
     "DIST",
+    "DISTANCES",
     "DKD",
+    "MMD",
+    "RKD",
+    "VID",
     "AdaptiveTokenWeight",
+    "ContentPosition",
+    "Correlation",
     "CrossEntropy",
     "CrossTaskTargets",
     "EntropyTokenWeight",
     "FeatureMatching",
     "FusedKD",
     "FusedLoss",
+    "HierarchicalContext",
     "KDItems",
     "Lazy",
     "LinearTransform",
     "LogitStandardization",
+    "LowRank",
     "MLPTransform",
     "Mixup",
+    "PooledSequence",
+    "Procrustes",
     "SampledKD",
     "SampledTargets",
     "SoftTargets",
     "SparseKD",
+    "Spectrum",
     "SquaredError",
     "TeacherSquaredError",
     "Term",

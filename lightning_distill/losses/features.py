@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.losses.distances import DISTANCES, Distance
 from lightning_distill.losses.items import per_item
 from lightning_distill.losses.lazy import Lazy
 from lightning_distill.losses.term import Term, teacher_outputs
 from lightning_distill.losses.transforms import TRANSFORMS, channels_last, resize
 from lightning_distill.outputs import Step
-
-Distance = Callable[..., Tensor]
-"""``distance(student, teacher, mask=None)`` of features ``(B, *positions, d)``: a value per position, per sample, or a
-scalar; ``mask``, boolean ``(B, *positions)``, tells the positions that count."""
-
-
-def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared difference at every position, mean over the channels: ``(B, *positions, d)`` to ``(B, *positions)``.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
-    check_same_features(student, teacher)
-    wide = torch.promote_types(student.dtype, torch.float32)
-    return (student.to(wide) - teacher.to(wide)).square().mean(dim=-1)
-
-
-def check_same_features(student: Tensor, teacher: Tensor) -> None:
-    """Refuse features that cannot be compared number by number."""
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"The student's features have the shape {tuple(student.shape)} after their transform, the teacher's "
-            f"{tuple(teacher.shape)}. Use `transform='linear'`, which maps one width to the other, a distance between "
-            "samples (such as `linear_cka`), or other layers; 1-d convolutions need `channel_dim=1`."
-        )
-
-
-DISTANCES: dict[str, Distance] = {"mse": mse}
-"""Distances by the names that terms know them by."""
 
 
 class FeatureMatching(Term):

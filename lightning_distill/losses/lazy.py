@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,9 @@ class Lazy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shapes: tuple[Shape, ...] | None = None
+        # torch loads a module's own parameters before its extra state, which here tells what parameters there are.
+        register: Callable[..., Any] = self.register_load_state_dict_pre_hook  # torch has no types for it
+        register(_make_before_loading)
 
     def make(self, *shapes: Shape) -> None:
         """Create the layers for inputs of these shapes; the first number of each is the batch size, here 0."""
@@ -48,6 +51,10 @@ class Lazy(nn.Module):
         """Make the layers that a checkpoint holds; its weights are loaded afterwards."""
         if state is not None and self.shapes is None:
             self.build(*state)
+
+
+def _make_before_loading(module: Lazy, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    module.set_extra_state(state_dict.get(f"{prefix}_extra_state"))
 
 
 def is_unbuilt(module: nn.Module) -> bool:
