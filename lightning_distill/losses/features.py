@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_distill.losses.distances import DISTANCES, Distance
 from lightning_distill.losses.items import per_item
 from lightning_distill.losses.lazy import Lazy
+from lightning_distill.losses.pairs import checked_pairs, checked_weights
 from lightning_distill.losses.term import Term, teacher_outputs
 from lightning_distill.losses.transforms import TRANSFORMS, channels_last, resize
 from lightning_distill.outputs import Step
@@ -52,12 +53,10 @@ class FeatureMatching(Term):
         channel_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(pairs, Mapping) or not pairs:
-            raise ValueError(f"`pairs` must map taps of the student to taps of the teacher, got {pairs!r}.")
-        self.pairs = tuple(pairs.items())
+        self.pairs = checked_pairs(pairs)
         self.student_taps = tuple(pairs.keys())
         self.teacher_taps = tuple(pairs.values())
-        self.pair_weights = _checked_weights(weights, self.pairs)
+        self.pair_weights = checked_weights(weights, self.pairs)
         self.channel_dim = channel_dim
         self.transforms = nn.ModuleList(_transform(transform) for _ in self.pairs)
         distance = _distance(distance)
@@ -145,14 +144,3 @@ def _distance(distance: str | Distance) -> Distance:
     if not callable(distance):
         raise TypeError(f"`distance` must be a name or a function of two features, got {type(distance).__name__}.")
     return distance
-
-
-def _checked_weights(weights: Sequence[float] | None, pairs: Sequence[tuple[str, str]]) -> list[float]:
-    if weights is None:
-        return [1 / len(pairs)] * len(pairs)
-    if len(weights) != len(pairs):
-        raise ValueError(f"`weights` must have one number for each of the {len(pairs)} pairs, got {len(weights)}.")
-    for pair, weight in zip(pairs, weights, strict=True):
-        if not weight >= 0:  # also rejects NaN
-            raise ValueError(f"The weight of the pair {pair} must not be negative, got {weight}.")
-    return [float(weight) for weight in weights]

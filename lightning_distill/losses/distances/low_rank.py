@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_distill.losses.distances.inputs import same_shape, upcast, without_autocast
-from lightning_distill.losses.lazy import Lazy, Shape
+from lightning_distill.losses.lazy import Shape
 from lightning_distill.losses.ranks import sum_over_ranks
+from lightning_distill.losses.refreshed import Refreshed
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def low_rank_distance(student: Tensor, teacher: Tensor, basis: Tensor) -> Tensor
     return ((student - teacher) @ basis.to(student.dtype)).square().mean(dim=-1)
 
 
-class LowRank(Lazy):
+class LowRank(Refreshed):
     """:func:`low_rank_distance` on the teacher's leading directions, found anew every ``every`` forward passes.
 
     The directions come from the batches of all processes together and are kept in the checkpoint.
@@ -68,15 +69,12 @@ class LowRank(Lazy):
     """
 
     basis: Tensor
-    age: Tensor
 
     def __init__(self, rank: int, every: int = 100) -> None:
-        super().__init__()
-        for name, value in {"rank": rank, "every": every}.items():
-            if not value >= 1:
-                raise ValueError(f"`{name}` must be positive, got {value}.")
+        super().__init__(every)
+        if not rank >= 1:
+            raise ValueError(f"`rank` must be positive, got {rank}.")
         self.rank = rank
-        self.every = every
 
     def make(self, *shapes: Shape) -> None:
         """A basis for the teacher's width."""
@@ -84,14 +82,11 @@ class LowRank(Lazy):
         if self.rank > width:
             raise ValueError(f"`rank` must be at most the teacher's width {width}, got {self.rank}.")
         self.register_buffer("basis", torch.eye(width, self.rank))
-        self.register_buffer("age", torch.zeros((), dtype=torch.long))
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """One value per position, ``(B, *P)``."""
-        if self.training and torch.is_grad_enabled():
-            if int(self.age) % self.every == 0:
-                self._fit(teacher[mask] if mask is not None else teacher.flatten(0, -2))
-            self.age += 1
+        if self.training and torch.is_grad_enabled() and self.is_due():
+            self._fit(teacher[mask] if mask is not None else teacher.flatten(0, -2))
         return low_rank_distance(student, teacher, self.basis)
 
     @torch.no_grad()

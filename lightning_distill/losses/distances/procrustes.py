@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_distill.losses.distances.inputs import without_autocast
-from lightning_distill.losses.lazy import Lazy, Shape
+from lightning_distill.losses.lazy import Shape
 from lightning_distill.losses.ranks import sum_over_ranks
+from lightning_distill.losses.refreshed import Refreshed
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def procrustes(student: Tensor, teacher: Tensor, *, scale: bool = False, center:
     return Alignment(*(part.to(wide) for part in (found.rotation, found.scale, found.student_mean, found.teacher_mean)))
 
 
-class Procrustes(Lazy):
+class Procrustes(Refreshed):
     """A transform of the student's features by :func:`procrustes`, found anew every ``every`` steps.
 
     It has no trained parameters: the student alone moves. The alignment comes from the batches of all processes
@@ -88,13 +89,9 @@ class Procrustes(Lazy):
     factor: Tensor
     student_mean: Tensor
     teacher_mean: Tensor
-    age: Tensor
 
     def __init__(self, every: int = 100, scale: bool = False, center: bool = True) -> None:
-        super().__init__()
-        if not every >= 1:
-            raise ValueError(f"`every` must be positive, got {every}.")
-        self.every = every
+        super().__init__(every)
         self.scale = scale
         self.center = center
 
@@ -105,12 +102,11 @@ class Procrustes(Lazy):
         self.register_buffer("factor", torch.ones(()))
         self.register_buffer("student_mean", torch.zeros(student))
         self.register_buffer("teacher_mean", torch.zeros(teacher))
-        self.register_buffer("age", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def fit(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> None:
         """Align the features ``(B, *P, d)`` of both sides at the positions that count, if it is time to."""
-        if int(self.age) % self.every == 0:
+        if self.is_due():
             rows = [side[mask] if mask is not None else side.flatten(0, -2) for side in (student, teacher)]
             moments = sum_over_ranks(_moments(*rows))
             if bool(moments.isfinite().all()):  # what is not finite is reported by the loss
@@ -119,7 +115,6 @@ class Procrustes(Lazy):
                 self.factor.copy_(found.scale)
                 self.student_mean.copy_(found.student_mean)
                 self.teacher_mean.copy_(found.teacher_mean)
-        self.age += 1
 
     def forward(self, features: Tensor) -> Tensor:
         """``(..., d_S)`` to ``(..., d_T)``."""

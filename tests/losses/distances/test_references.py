@@ -536,7 +536,7 @@ def test_basis_is_refreshed_every_few_training_steps_and_kept_between():
     loaded = LowRank(rank=2, every=2)
     loaded.load_state_dict(distance.state_dict())
     assert torch.equal(loaded.basis, distance.basis)
-    assert loaded.age == 3
+    assert loaded.passes == 3
     with pytest.raises(ValueError, match="`rank` must be at most the teacher's width 5, got 6"):
         LowRank(rank=6).build((0, 5), (0, 5))
     with pytest.raises(ValueError, match="`every` must be positive, got 0"):
