@@ -122,9 +122,7 @@ class AttentionSelfDistillation(Term):
                 f"{self.student_heads} and {self.teacher_heads}: a head is nearest to itself, and the loss would be 0."
             )
         if common := sorted(set(self.student_heads) & set(self.teacher_heads)):
-            raise ValueError(
-                f"Heads {common} are in both `student_heads` and `teacher_heads` and would teach themselves."
-            )
+            raise ValueError(f"`student_heads` and `teacher_heads` share {common}, which would teach themselves.")
 
 
 def _chosen(name: str, attention: Tensor, heads: Sequence[int] | None) -> Tensor:
