@@ -3,6 +3,12 @@
 Everything is computed on the CPU in float64, without gradients. Entropies and informations are in nats unless said.
 """
 
+from lightning_distill.diagnostics.attention import AttentionProfile, attention_distance_profile
+from lightning_distill.diagnostics.bottleneck import (
+    LayerInformation,
+    ib_layer_importance,
+    ib_layer_importance_from_joint,
+)
 from lightning_distill.diagnostics.estimates import Estimate, Verdict, bootstrap_mean
 from lightning_distill.diagnostics.gradients import GradientScale, gradient_scale_curve
 from lightning_distill.diagnostics.hypotheses import SampleEfficiency, empirical_rademacher, sample_efficiency_curve
@@ -14,6 +20,9 @@ from lightning_distill.diagnostics.information import (
     transfer_efficiency,
 )
 from lightning_distill.diagnostics.interaction import synergy
+from lightning_distill.diagnostics.layer_profile import LayerProfile
+from lightning_distill.diagnostics.norms import NormInformation, norm_information
+from lightning_distill.diagnostics.probes import linear_probe_profile
 from lightning_distill.diagnostics.soft_labels import (
     CrossEntropyParts,
     DarkKnowledge,
@@ -23,15 +32,20 @@ from lightning_distill.diagnostics.soft_labels import (
 )
 
 __all__ = [
+    "AttentionProfile",
     "CrossEntropyParts",
     "DarkKnowledge",
     "Estimate",
     "GradientScale",
     "InformationGap",
+    "LayerInformation",
+    "LayerProfile",
+    "NormInformation",
     "SampleEfficiency",
     "TransferEfficiency",
     "Unit",
     "Verdict",
+    "attention_distance_profile",
     "bootstrap_mean",
     "cross_entropy_parts",
     "dark_information_gap",
@@ -39,6 +53,10 @@ __all__ = [
     "dark_knowledge",
     "empirical_rademacher",
     "gradient_scale_curve",
+    "ib_layer_importance",
+    "ib_layer_importance_from_joint",
+    "linear_probe_profile",
+    "norm_information",
     "sample_efficiency_curve",
     "synergy",
     "transfer_efficiency",

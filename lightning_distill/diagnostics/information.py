@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_distill.diagnostics.contingency import contingency_table, miller_madow_bias, mutual_information
 from lightning_distill.diagnostics.estimates import Verdict
 from lightning_distill.diagnostics.observations import fixed_generator, float64, labelled
 from lightning_distill.losses.soft_targets import softened_log_softmax
@@ -85,10 +86,10 @@ def dark_information_gap(
     cell = ((decision * classes + runner_up) * bins + margin_bin).unique(return_inverse=True)[1]
 
     def informations(y: Tensor) -> tuple[float, float]:
-        joints = (_counts(y, cell, classes), _counts(y, decision, classes))
-        output, decided = (_mutual_information(joint / n) for joint in joints)
+        joints = (contingency_table(y, cell, classes), contingency_table(y, decision, classes))
+        output, decided = (mutual_information(joint / n) for joint in joints)
         if miller_madow:
-            output, decided = output + _miller_madow(joints[0]), decided + _miller_madow(joints[1])
+            output, decided = output + miller_madow_bias(joints[0]), decided + miller_madow_bias(joints[1])
         return output, decided
 
     def permuted() -> Tensor:
@@ -135,7 +136,7 @@ def dark_information_gap_from_joint(joint: Tensor, decisions: Tensor) -> Informa
     table = table / table.sum()
     index = decisions.detach().cpu().long().unique(return_inverse=True)[1]
     decided = torch.zeros(len(table), int(index.max()) + 1, dtype=torch.float64).index_add_(1, index, table)
-    output, decision = _mutual_information(table), _mutual_information(decided)
+    output, decision = mutual_information(table), mutual_information(decided)
     return InformationGap(output, decision, output - decision, torch.empty(0, dtype=torch.float64), 0)
 
 
@@ -185,25 +186,7 @@ def transfer_efficiency(
         for z in (student_logits, teacher_logits)
     )
     joint = p.T @ q / len(p)
-    information = max(_mutual_information(joint), 0.0)  # rounding may leave a little below
+    information = max(mutual_information(joint), 0.0)  # rounding may leave a little below
     teacher_entropy = torch.special.entr(joint.sum(dim=1)).sum().item()
     efficiency = min(information / teacher_entropy, 1.0) if teacher_entropy > 1e-12 else 0.0
     return TransferEfficiency(joint, information, teacher_entropy, efficiency)
-
-
-def _counts(rows: Tensor, columns: Tensor, classes: int) -> Tensor:
-    """Contingency table, shape ``(classes, number of columns)``."""
-    width = int(columns.max()) + 1
-    return torch.bincount(rows * width + columns, minlength=classes * width).reshape(classes, width).double()
-
-
-def _mutual_information(joint: Tensor) -> float:
-    """Mutual information of the two indices of a probability table, nats."""
-    independent = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0, keepdim=True)
-    return torch.where(joint > 0, joint * (joint / independent).log(), 0).sum().item()
-
-
-def _miller_madow(counts: Tensor) -> float:
-    """What the plug-in mutual information of a table of counts is corrected by (Miller 1955)."""
-    rows, columns, cells = (int((c > 0).sum()) for c in (counts.sum(dim=1), counts.sum(dim=0), counts))
-    return (rows + columns - cells - 1) / (2 * counts.sum().item())

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_distill.losses.features import Distance, FeatureMatching
+from lightning_distill.losses.distances import Distance
+from lightning_distill.losses.features import FeatureMatching
 from lightning_distill.losses.term import Term
 from lightning_distill.modules.base import Temperature
 from lightning_distill.modules.kd import KD

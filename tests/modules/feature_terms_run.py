@@ -1,6 +1,7 @@
 """A small transformer whose terms refresh something. Run by test_feature_terms.py, by itself with two processes."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_distill import KD
 from lightning_distill.losses import AttentionMatching, FeatureMatching, LowRank, Procrustes
 from lightning_distill.networks import from_config
+from lightning_distill.tasks import SequenceClassification
 
 CLASSES = 3
 
@@ -59,7 +61,8 @@ def refreshed_module():
         "low_rank": FeatureMatching(layers, LowRank(4, every=3)),
         "moved": FeatureMatching(layers, transform=Procrustes(every=3, scale=True)),
     }
-    module = KD(bert(2, 2), bert(4, 3), terms=terms, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    task, optimizer = SequenceClassification(), partial(torch.optim.SGD, lr=0.1)
+    module = KD(bert(4, 2), bert(4, 3), terms=terms, task=task, optimizer=optimizer)
     module.build(batches(1)[0])
     return module
 
