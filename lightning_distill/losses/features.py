@@ -47,7 +47,7 @@ class FeatureMatching(Term):
     def __init__(
         self,
         pairs: Mapping[str, str],
-        distance: str | Distance = "mse",
+        distance: str | nn.Module | Distance = "mse",
         transform: Literal["linear", "mlp", "identity"] | nn.Module = "linear",
         weights: Sequence[float] | None = None,
         channel_dim: int | None = None,
@@ -136,7 +136,7 @@ def _transform(transform: str | nn.Module) -> nn.Module:
     return made
 
 
-def _distance(distance: str | Distance) -> Distance:
+def _distance(distance: str | nn.Module | Distance) -> Distance:
     if isinstance(distance, str):
         if distance not in DISTANCES:
             raise ValueError(f"`distance` must be one of {', '.join(DISTANCES)}, or a function, got {distance!r}.")

@@ -62,7 +62,7 @@ class FeatureKD(KD):
         alpha: float = 0.3,
         *,
         feature_weight: float = 1.0,
-        distance: str | Distance = "mse",
+        distance: str | nn.Module | Distance = "mse",
         transform: Literal["linear", "mlp", "identity"] | nn.Module = "linear",
         pair_weights: Sequence[float] | None = None,
         channel_dim: int | None = None,

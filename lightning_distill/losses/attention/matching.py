@@ -130,7 +130,8 @@ class AttentionMatching(Term):
                     counts = None
                 alignment.fit(*self._smoothed(student.detach(), teacher), distance=distance, counts=counts)
             teacher = teacher[:, alignment.teacher_heads]
-        return distance(*self._smoothed(student, teacher)).mean(dim=1)
+        rows: Tensor = distance(*self._smoothed(student, teacher))
+        return rows.mean(dim=1)
 
     def _smoothed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both maps and which keys each query may see."""

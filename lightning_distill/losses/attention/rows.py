@@ -8,16 +8,23 @@ it matters to distances that are relative to their number, so that padding chang
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_distill.losses.distances.inputs import upcast
 
-RowDistance = Callable[..., Tensor]
-"""``distance(student, teacher, visible=None)`` of maps ``(..., queries, keys)``, one value per row."""
+
+class RowDistance(Protocol):
+    """A function of two attention maps ``(..., queries, keys)``.
+
+    The result is a tensor; ``Any`` here lets the command line build objects with such a call.
+    """
+
+    def __call__(self, student: Tensor, teacher: Tensor, visible: Tensor | None = None) -> Any:
+        """One value per row, ``(..., queries)``."""
 
 
 def smooth_attention(attention: Tensor, *, eps: float = 1e-4, visible: Tensor | None = None) -> Tensor:

@@ -4,11 +4,8 @@ Features have the channels last, ``(B, *positions, d)``; ``mask``, boolean ``(B,
 count. A distance returns one value per position, one per sample, or a scalar for the batch, in float32 or wider.
 """
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from lightning_distill.losses.distances.cka import CKA, linear_cka
+from lightning_distill.losses.distances.distance import Distance
 from lightning_distill.losses.distances.learned import CRD, VID, critic_loss, gaussian_nll
 from lightning_distill.losses.distances.low_rank import LowRank, low_rank_distance, top_right_singular_vectors
 from lightning_distill.losses.distances.maps import (
@@ -40,10 +37,6 @@ from lightning_distill.losses.distances.sequences import (
     pool_sequence,
     split_content_position,
 )
-
-Distance = Callable[..., Tensor]
-"""``distance(student, teacher, mask=None)`` of features ``(B, *positions, d)``: a value per position, per sample, or a
-scalar; ``mask``, boolean ``(B, *positions)``, tells the positions that count."""
 
 DISTANCES: dict[str, Distance] = {
     "attention_transfer": attention_transfer,

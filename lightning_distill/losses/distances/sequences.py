@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_distill.losses.distances.distance import Distance
 from lightning_distill.losses.distances.inputs import same_shape, zero_where_masked
 from lightning_distill.losses.distances.pointwise import mse
 
@@ -121,7 +121,7 @@ class PooledSequence(nn.Module):
         ValueError: If ``stride`` is not positive.
     """
 
-    def __init__(self, stride: int, distance: Callable[..., Tensor] = mse) -> None:
+    def __init__(self, stride: int, distance: nn.Module | Distance = mse) -> None:
         super().__init__()
         if not stride >= 1:
             raise ValueError(f"`stride` must be positive, got {stride}.")
@@ -133,7 +133,7 @@ class PooledSequence(nn.Module):
         wide = torch.promote_types(student.dtype, torch.float32)
         student, counted = pool_sequence(student.to(wide), self.stride, mask, ceil=True)
         teacher, _ = pool_sequence(teacher.detach().to(wide), self.stride, mask, ceil=True)
-        value = self.distance(student, teacher, counted)
+        value: Tensor = self.distance(student, teacher, counted)
         if value.ndim < 2:
             return value
         return value.where(counted, 0).sum(dim=1) / counted.sum(dim=1).clamp_min(1)
