@@ -15,11 +15,11 @@ PAIRS = {"blocks.0": "blocks.0"}
 
 
 def matching(distance, **more):
-    return {"class_path": "FeatureMatching", "init_args": {"pairs": PAIRS, "distance": distance, **more}}
+    return of("FeatureMatching", pairs=PAIRS, distance=distance, **more)
 
 
 def of(name, **arguments):
-    return {"class_path": name, "init_args": arguments}
+    return {"class_path": f"lightning_distill.losses.{name}", "init_args": arguments}
 
 
 TERMS = {
@@ -52,9 +52,9 @@ def test_fit_with_terms_from_yaml(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("distance", "expected"),
     [
-        (of("lightning_distill.losses.LocalGlobal", window=2), [LocalGlobal(window=2)]),
+        (of("LocalGlobal", window=2), [LocalGlobal(window=2)]),
         (
-            [of("lightning_distill.losses.SparseAttention", threshold=t) for t in (0.1, 0.2)],
+            [of("SparseAttention", threshold=t) for t in (0.1, 0.2)],
             [SparseAttention(0.1), SparseAttention(0.2)],
         ),
     ],
@@ -63,8 +63,7 @@ def test_attention_terms_from_yaml(distance, expected):
     parser = ArgumentParser()
     parser.add_argument("--term", type=Term)
     pairs = {f"attentions.{i}": f"attentions.{2 * i}" for i in range(len(expected))}
-    name = "lightning_distill.losses.AttentionMatching"
-    parsed = parser.parse_object({"term": of(name, pairs=pairs, distance=distance, heads="mean")})
+    parsed = parser.parse_object({"term": of("AttentionMatching", pairs=pairs, distance=distance, heads="mean")})
     term = parser.instantiate_classes(parsed).term
     assert term.distances == expected
     assert term.heads == "mean"
