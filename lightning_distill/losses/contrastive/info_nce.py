@@ -50,7 +50,7 @@ def info_nce(
     positive = logits.gather(-1, positives.unsqueeze(-1).expand(*logits.shape[:-1], 1)).squeeze(-1)
     denominator = negative | own if include_positive else negative
     some = negative.any(dim=-1).expand(logits.shape[:-1])
-    # A row of minus infinities has no gradient but NaN.
+    # A row of minus infinities has a gradient of NaN, which anomaly detection would stop at.
     kept = logits.masked_fill(~denominator, -math.inf).where(some.unsqueeze(-1), 0)
     return (kept.logsumexp(dim=-1) - positive).where(some, 0)
 
