@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,13 +61,13 @@ class Taps:
         if of_model:
             self._model_taps = ModelTaps(network, of_model, self._keep)
 
-    @contextmanager
-    def recording(self) -> Iterator[dict[str, Tensor]]:
+    def recording(self) -> AbstractContextManager[dict[str, Tensor]]:
         """Within this context the activations of the last forward pass come into the dictionary, by name."""
+        return self._recording() if self.names else nullcontext({})
+
+    @contextmanager
+    def _recording(self) -> Iterator[dict[str, Tensor]]:
         kept: dict[str, Tensor] = {}
-        if not self.names:
-            yield kept
-            return
         self._kept = kept
         try:
             yield kept

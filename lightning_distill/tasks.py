@@ -22,6 +22,7 @@ from lightning_distill.outputs import UNLABELLED, Outputs
 
 INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values")
 LABEL_KEYS = ("y", "label", "labels", "target", "targets")
+SEQUENCES = (tuple, list, Sequence)  # asking the abstract class takes longer, so it comes last
 KEPT_FROM_MODELS = (*LABEL_KEYS, "index", "distill_mask", "teacher")
 """Entries of a batch of tokens that no model gets."""
 
@@ -58,7 +59,9 @@ class Task:
             ValueError: If the batch is a mapping without a known key.
             TypeError: If it is no batch at all.
         """
-        if isinstance(batch, Mapping):
+        if isinstance(batch, SEQUENCES) and len(batch) > 0:
+            inputs = batch[0]
+        elif isinstance(batch, Mapping):
             key = self.input_key or next((key for key in INPUT_KEYS if key in batch), None)
             if key is None or key not in batch:
                 raise ValueError(
@@ -67,8 +70,6 @@ class Task:
                     f"`task={type(self).__name__}(input_key=...)`."
                 )
             inputs = batch[key]
-        elif isinstance(batch, Sequence) and len(batch) > 0:
-            inputs = batch[0]
         else:
             inputs = batch
         if not isinstance(inputs, Tensor):
@@ -80,14 +81,13 @@ class Task:
 
     def labels(self, batch: Any) -> Tensor | None:
         """Labels, or ``None`` if the batch has none."""
+        if isinstance(batch, SEQUENCES):
+            return batch[1] if len(batch) > 1 else None
         if isinstance(batch, Mapping):
             if self.label_key is not None and self.label_key not in batch:
                 raise ValueError(f"The batch has no labels {self.label_key!r}: its keys are {list(batch)}.")
             key = self.label_key or next((key for key in LABEL_KEYS if key in batch), None)
             return None if key is None else batch[key]
-        if isinstance(batch, Sequence) and len(batch) > 1:
-            labels: Tensor = batch[1]
-            return labels
         return None
 
     def mask(self, batch: Any, outputs: Outputs) -> Tensor | None:
@@ -100,12 +100,9 @@ class Task:
 
     def index(self, batch: Any) -> Tensor | None:
         """Identity of each sample in its data set, shape ``(B,)``, or ``None``."""
-        if isinstance(batch, Mapping):
-            return batch.get("index")
-        if isinstance(batch, Sequence) and len(batch) > 2:
-            index: Tensor = batch[2]
-            return index
-        return None
+        if isinstance(batch, SEQUENCES):
+            return batch[2] if len(batch) > 2 else None
+        return batch.get("index") if isinstance(batch, Mapping) else None
 
     def batch_size(self, batch: Any) -> int:
         """Number of samples."""

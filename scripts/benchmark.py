@@ -1,17 +1,17 @@
 """What the library costs: a distillation step side by side with a hand-written loop and with peers, in one run.
 
 Rules: main-process CPU time; variants round-robin over several rounds, medians reported; the hand-written loop runs
-twice, and the difference between the two is the noise floor; every variant must compute the same loss before anything
-is timed. Overheads are absolute (they do not depend on the model), the whole is a ratio on a step of realistic length.
+twice, and the difference between the two is the noise floor; every variant must train to the same weights before
+anything is timed. Overheads are absolute (they do not depend on the model), the whole is a ratio on a step of realistic
+length. Peers (torchdistill, TextBrewer) take part where they are installed.
 
     python scripts/benchmark.py                  # overheads per step, then the ratio on a larger step
-    python scripts/benchmark.py --rounds 9
+    python scripts/benchmark.py --rounds 9 --only small
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import platform
 import random
@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 
@@ -30,6 +31,7 @@ import lightning as L
 import rich
 import torch
 import torch.nn.functional as F
+from benchmark_peers import Batch, TrainStep, textbrewer_step, torchdistill_step
 from lightning.pytorch.loggers import CSVLogger
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ from lightning_distill import KD
 from lightning_distill.comparison.quiet import quiet_lightning
 
 TEMPERATURE, ALPHA = 4.0, 0.5
-Batch = tuple[Tensor, Tensor]
+Run = Callable[["Workload"], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Workload:
 
 SMALL = Workload("small", (64, 32, 10), (64, 128, 10), 64, 600)
 LARGE = Workload("large", (784, 1024, 1024, 1024, 10), (784, 1024, 1024, 10), 256, 24)
+WORKLOADS = (SMALL, LARGE)
 
 
 def mlp(sizes: tuple[int, ...]) -> nn.Module:
@@ -86,37 +89,41 @@ def sgd(parameters: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01)  # type: ignore[arg-type]
 
 
-def loop(loss_of: Callable[[nn.Module, nn.Module, Batch], Tensor]) -> Callable[[Workload], float]:
-    """A training loop without a Trainer; returns the first loss, the timing is the caller's."""
+def loop(build: Callable[[nn.Module, nn.Module], TrainStep]) -> Run:
+    """A training loop without a Trainer over the steps that ``build`` makes of student and teacher."""
 
-    def run(work: Workload) -> float:
+    def run(work: Workload) -> nn.Module:
         student, teacher = work.networks()
-        optimizer, first = sgd(student.parameters()), float("nan")
-        for step, batch in enumerate(work.batches()):
-            optimizer.zero_grad()
-            loss = loss_of(student, teacher, batch)
-            loss.backward()
-            optimizer.step()
-            if step == 0:
-                first = loss.item()
-        return first
+        step = build(student, teacher)
+        for batch in work.batches():
+            step(batch)
+        return student
 
     return run
 
 
-def our_pipeline(work: Workload) -> float:
-    """Our module's step in a plain loop: task, taps, terms, weighting."""
-    student, teacher = work.networks()
-    module = KD(student, teacher, TEMPERATURE, ALPHA)
-    optimizer, first = sgd(student.parameters()), float("nan")
-    for step, batch in enumerate(work.batches()):
+def hand_written(student: nn.Module, teacher: nn.Module) -> TrainStep:
+    optimizer = sgd(student.parameters())
+
+    def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        loss = module.weighting(module.losses(module.observe(batch)))
+        kd_by_hand(student, teacher, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def ours(student: nn.Module, teacher: nn.Module) -> TrainStep:
+    """Our module's step in a plain loop: task, taps, terms, weighting."""
+    module, optimizer = KD(student, teacher, TEMPERATURE, ALPHA), sgd(student.parameters())
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        loss, _ = module.loss(module.observe(batch))
         loss.backward()
         optimizer.step()
-        if step == 0:
-            first = loss.item()
-    return first
+
+    return step
 
 
 class Loader:
@@ -139,11 +146,9 @@ class Bare(L.LightningModule):
         super().__init__()
         self.student, self._teacher = student, [teacher]
         self.log_terms = log
-        self.first: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = kd_by_hand(self.student, self._teacher[0], batch)
-        self.first = loss.detach() if self.first is None else self.first
         if self.log_terms:  # what most code does
             self.log_dict({f"train/{name}": loss.detach() for name in "abcd"}, batch_size=len(batch[0]))
         return loss
@@ -152,20 +157,10 @@ class Bare(L.LightningModule):
         return sgd(self.student.parameters())
 
 
-class FirstLoss(KD):
-    """Remembers the first loss."""
-
-    first: Tensor | None = None
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.first = loss.detach() if self.first is None else self.first
-        return loss
-
-
-def fit(build: Callable[[nn.Module, nn.Module], L.LightningModule], log: bool = False) -> Callable[[Workload], float]:
-    def run(work: Workload) -> float:
-        module = build(*work.networks())
+def fit(build: Callable[[nn.Module, nn.Module], L.LightningModule], log: bool = False) -> Run:
+    def run(work: Workload) -> nn.Module:
+        student, teacher = work.networks()
+        module = build(student, teacher)
         with tempfile.TemporaryDirectory() as folder:
             trainer = L.Trainer(
                 accelerator="cpu",
@@ -179,57 +174,31 @@ def fit(build: Callable[[nn.Module, nn.Module], L.LightningModule], log: bool = 
                 default_root_dir=folder,
             )
             trainer.fit(module, Loader(work.batches()))
-        return float(module.first)  # type: ignore[arg-type]
+        return student
 
     return run
 
 
-def torchdistill_loss() -> Callable[[nn.Module, nn.Module, Batch], Tensor]:
-    losses = importlib.import_module("torchdistill.losses.mid_level")
-    criterion = losses.KDLoss("", "output", "", "output", temperature=TEMPERATURE, alpha=ALPHA, reduction="batchmean")
-
-    def loss_of(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-        x, y = batch
-        with torch.no_grad():
-            said = teacher(x)
-        loss: Tensor = criterion({"": {"output": student(x)}}, {"": {"output": said}}, y)
-        return loss
-
-    return loss_of
-
-
-def textbrewer_loss() -> Callable[[nn.Module, nn.Module, Batch], Tensor]:
-    losses = importlib.import_module("textbrewer.losses")
-
-    def loss_of(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-        x, y = batch
-        with torch.no_grad():
-            said = teacher(x)
-        logits = student(x)
-        soft = losses.kd_ce_loss(logits, said, temperature=TEMPERATURE)
-        entropy = -(F.softmax(said / TEMPERATURE, -1) * F.log_softmax(said / TEMPERATURE, -1)).sum(-1).mean()
-        return ALPHA * F.cross_entropy(logits, y) + (1 - ALPHA) * TEMPERATURE**2 * (soft - entropy)
-
-    return loss_of
-
-
-def variants() -> dict[str, Callable[[Workload], float]]:
+def variants() -> dict[str, Run]:
+    kd = partial(KD, temperature=TEMPERATURE, alpha=ALPHA, optimizer=sgd)
     found = {
-        "hand-written loop": loop(kd_by_hand),
-        "hand-written loop again (noise floor)": loop(kd_by_hand),
-        "KD's step in a plain loop": our_pipeline,
+        "hand-written loop": loop(hand_written),
+        "hand-written loop again (noise floor)": loop(hand_written),
+        "KD's step in a plain loop": loop(ours),
         "Trainer, bare LightningModule": fit(Bare),
-        "Trainer, KD, no logger": fit(lambda s, t: FirstLoss(s, t, TEMPERATURE, ALPHA, optimizer=sgd)),
-        "Trainer, KD, CSV log of every term": fit(
-            lambda s, t: FirstLoss(s, t, TEMPERATURE, ALPHA, optimizer=sgd), log=True
-        ),
-        "Trainer, bare, CSV, self.log of 4 per step": fit(lambda s, t: Bare(s, t, log=True), log=True),
+        "Trainer, KD, no logger": fit(kd),
+        "Trainer, bare, CSV logger, nothing logged": fit(Bare, log=True),
+        "Trainer, KD, CSV log of every term": fit(kd, log=True),
+        "Trainer, bare, CSV, self.log of 4 per step": fit(partial(Bare, log=True), log=True),
     }
-    for package, build in {"torchdistill": torchdistill_loss, "textbrewer": textbrewer_loss}.items():
+    for name, build in {"torchdistill": torchdistill_step, "textbrewer": textbrewer_step}.items():
+        step = partial(build, optimizer=sgd, temperature=TEMPERATURE, alpha=ALPHA)
         try:
-            found[f"{package}'s loss in a plain loop"] = loop(build())
-        except Exception as error:  # a peer that does not import here is reported and left out
-            rich.print(f"{package} is left out: {type(error).__name__}: {error}")
+            step(*SMALL.networks())
+        except Exception as error:  # a peer that does not work here is reported and left out
+            rich.print(f"{name} is left out: {type(error).__name__}: {error}")
+        else:
+            found[f"{name}'s pipeline in a plain loop"] = loop(step)
     return found
 
 
@@ -237,10 +206,10 @@ def measure(work: Workload, rounds: int) -> dict[str, float]:
     """Median CPU seconds per step of each variant, start-up subtracted by comparing two lengths."""
     short = Workload(work.name, work.sizes, work.teacher_sizes, work.batch_size, max(work.steps // 6, 2))
     runs = variants()
-    losses = {name: run(short) for name, run in runs.items()}
-    wrong = {name: loss for name, loss in losses.items() if abs(loss - losses["hand-written loop"]) > 1e-4}
-    if wrong:
-        raise SystemExit(f"These variants compute another loss than {losses['hand-written loop']}: {wrong}")
+    trained = {name: nn.utils.parameters_to_vector(run(short).parameters()) for name, run in runs.items()}
+    right = trained["hand-written loop"]
+    if wrong := [name for name, weights in trained.items() if not torch.allclose(weights, right, atol=1e-5)]:
+        raise SystemExit(f"These variants train to other weights than the hand-written loop: {wrong}")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs.items())
     for number in range(rounds):
@@ -278,12 +247,14 @@ def versions() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", choices=[work.name for work in WORKLOADS], help="one of the two workloads")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     with quiet_lightning():
-        for work in (SMALL, LARGE):
-            show(work, measure(work, rounds), rounds)
+        for work in WORKLOADS:
+            if arguments.only in (None, work.name):
+                show(work, measure(work, arguments.rounds), arguments.rounds)
     print(versions())
 
 

@@ -37,15 +37,15 @@ def softened_log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> T
         >>> softened_log_softmax(torch.tensor([10000.0, 9999.0]), 0.01)
         tensor([   0., -100.])
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     if isinstance(temperature, Tensor):
         divisor = _per_item(temperature, logits)
-        return F.log_softmax((logits - logits.detach().amax(dim=-1, keepdim=True)) / divisor, dim=-1)
+        return ((logits - logits.detach().amax(dim=-1, keepdim=True)) / divisor).log_softmax(dim=-1)
     check_temperature(temperature)
     if temperature >= 1:  # dividing cannot magnify the rounding of the logits
-        return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+        return (logits if temperature == 1 else logits / temperature).log_softmax(dim=-1)
     # In place: one matrix of the size of the logits less, and nothing of it is needed backwards.
-    return F.log_softmax((logits - logits.detach().amax(dim=-1, keepdim=True)).div_(temperature), dim=-1)
+    return (logits - logits.detach().amax(dim=-1, keepdim=True)).div_(temperature).log_softmax(dim=-1)
 
 
 def kl_divergence(
@@ -270,6 +270,11 @@ class SoftTargets(Term):
         return jensen_shannon_divergence(
             student, teacher, beta=self.beta, temperature=step.temperature, scale_by_t2=self.scale_by_t2
         )
+
+
+def wide(values: Tensor) -> Tensor:
+    """``values`` in float32 or wider."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:

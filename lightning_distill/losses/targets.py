@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_distill.losses.soft_targets import check_same_shape
+from lightning_distill.losses.soft_targets import check_same_shape, wide
 from lightning_distill.losses.term import Term, teacher_outputs
 from lightning_distill.outputs import UNLABELLED, Step
 
@@ -29,7 +29,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
         tensor([1.3863, 0.0000])
     """
-    logits = _wide(logits)
+    logits = wide(logits)
     if labels.is_floating_point():
         labels = labels.to(logits.dtype)
     if logits.ndim > 2:
@@ -71,7 +71,7 @@ class SquaredError(Term):
 
     def forward(self, step: Step) -> Tensor:
         """Squared error of each item."""
-        predictions = _wide(step.student.logits)
+        predictions = wide(step.student.logits)
         if step.labels is None:
             return 0.0 * predictions[..., 0]
         labelled = ~step.labels.isnan()
@@ -88,11 +88,6 @@ class TeacherSquaredError(Term):
 
     def forward(self, step: Step) -> Tensor:
         """Squared error of each item."""
-        target = _wide(teacher_outputs(step).logits.detach())
+        target = wide(teacher_outputs(step).logits.detach())
         check_same_shape(step.student.logits, target)
-        return (_wide(step.student.logits) - target).square().mean(dim=-1)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """``values`` in float32 or wider."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+        return (wide(step.student.logits) - target).square().mean(dim=-1)

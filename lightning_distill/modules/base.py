@@ -128,7 +128,7 @@ class DistillationModule(L.LightningModule):
         self._last_flush = -1
         self._random_states: list[dict[str, Any]] | None = None
 
-    # A batch on its way: batch -> Step -> losses -> one scalar. Usable without a Trainer.
+    # A batch on its way: batch -> Step -> losses -> one scalar. Usable without a Trainer: loss(observe(batch)).
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The student's forward."""
@@ -136,26 +136,27 @@ class DistillationModule(L.LightningModule):
 
     def observe(self, batch: Any) -> Step:
         """Let the teacher and the student speak about ``batch``."""
-        teacher = self.teacher(batch, self.task) if self.teacher is not None else None
+        task = self.task
+        teacher = teach(batch, task) if (teach := self.teacher) is not None else None
         with self._taps.recording() as features:
-            student = self.task.run(self.student, batch)
+            student = task.run(self.student, batch)
         student.features.update(features)
         step = Step(
             batch=batch,
             student=student,
             teacher=teacher,
-            labels=self.task.labels(batch),
-            mask=self.task.mask(batch, student),
-            positions=self.task.positions(batch),
-            token_items=self.task.token_items,
-            index=self.task.index(batch),
+            labels=task.labels(batch),
+            mask=task.mask(batch, student),
+            positions=task.positions(batch),
+            token_items=task.token_items,
+            index=task.index(batch),
         )
         if (trainer := self._attached) is not None:
             step.step, step.epoch = trainer.global_step, trainer.current_epoch
             step.progress = min(step.step / self._total_steps, 1.0)
         step.temperature = self.temperature(step) if callable(self.temperature) else self.temperature
         if self._unseen:
-            _check_first(step, self.task)
+            _check_first(step, task)
             self._unseen = False
         return step
 
@@ -164,6 +165,11 @@ class DistillationModule(L.LightningModule):
         return {
             name: reduce_items(term(step), step.mask, self._weights_of(name, step)) for name, term in self.terms.items()
         }
+
+    def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar that is minimised, and the loss of each term in it."""
+        losses = self.losses(step)
+        return self.weighting(losses), losses
 
     def build(self, batch: Any) -> None:
         """Make the parts of the terms whose shapes a batch tells, such as projections of features.
@@ -190,9 +196,8 @@ class DistillationModule(L.LightningModule):
         if self.batch_transform is not None:
             batch = self.batch_transform(batch)
         step = self.observe(batch)
-        losses = self.losses(step)
-        total: Tensor = self.weighting(losses)
-        self._loss_log.add({**losses, **self._parts()}, total)
+        total, losses = self.loss(step)
+        self._loss_log.add(losses | self._parts(), total)
         return self._items.scale(total, _count(step), over_ranks=self._over_ranks)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -367,8 +372,11 @@ class DistillationModule(L.LightningModule):
 
     def _parts(self) -> dict[str, Tensor]:
         """What terms that compute several losses at once have to report beside their value."""
-        terms = (term for term in self.terms.values() if isinstance(term, Term))
-        return {name: value for term in terms for name, value in term.parts.items()}
+        parts: dict[str, Tensor] = {}
+        for term in self.terms.values():
+            if isinstance(term, Term) and term.parts:
+                parts.update(term.parts)
+        return parts
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> None:
         step = self.observe(batch)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_distill.losses.term import Term
+from lightning_distill.losses.hard_and_soft import hard_and_soft
+from lightning_distill.losses.soft_targets import SoftTargets
+from lightning_distill.losses.targets import CrossEntropy
+from lightning_distill.losses.term import Term, teacher_outputs
 from lightning_distill.modules.base import (
     EVERY_TERM,
     DistillationModule,
@@ -17,9 +20,10 @@ from lightning_distill.modules.base import (
     Temperature,
     build_task,
 )
+from lightning_distill.outputs import Step
 from lightning_distill.tasks import Task
 from lightning_distill.teachers.build import TeacherLike
-from lightning_distill.weighting import Weighting
+from lightning_distill.weighting import FixedWeights, Weighting
 
 
 class KD(DistillationModule):
@@ -103,3 +107,41 @@ class KD(DistillationModule):
             batch_transform=batch_transform,
             item_weights=item_weights,
         )
+
+    def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar that is minimised, and the loss of each term in it.
+
+        ``hard`` and ``soft`` are computed together where all items count alike and the weights are constants: the same
+        numbers in less time.
+        """
+        weighting, labels, temperature = self.weighting, step.labels, step.temperature
+        if (
+            (pair := _plain_pair(self.terms)) is None
+            or type(weighting) is not FixedWeights
+            or self.item_weights
+            or step.mask is not None
+            or labels is None
+            or isinstance(temperature, Tensor)
+        ):
+            return super().loss(step)
+        total, hard, soft = hard_and_soft(
+            step.student.logits,
+            teacher_outputs(step).logits,
+            labels,
+            temperature=temperature,
+            hard_weight=weighting.values["hard"],
+            soft_weight=weighting.values["soft"],
+            label_smoothing=pair[0].label_smoothing,
+            scale_by_t2=pair[1].scale_by_t2,
+        )
+        return total, {"hard": hard, "soft": soft}
+
+
+def _plain_pair(terms: nn.ModuleDict) -> tuple[CrossEntropy, SoftTargets] | None:
+    """The terms of the default loss, where there are no others; a subclass may compute something else."""
+    if terms.keys() != {"hard", "soft"}:
+        return None
+    hard, soft = terms["hard"], terms["soft"]
+    if type(hard) is CrossEntropy and type(soft) is SoftTargets and soft.beta == soft.skew == 0:
+        return hard, soft
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,12 +19,13 @@ class LossLog:
     """
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
+        self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, losses: Mapping[str, Tensor], total: Tensor) -> None:
         """Add one batch's losses, scalars by term name, and their weighted ``total``."""
-        for name, value in (*losses.items(), (TOTAL, total)):
-            self._values.setdefault(name, []).append(value.detach())
+        for name, value in losses.items():
+            self._values[name].append(value.detach())
+        self._values[TOTAL].append(total.detach())
 
     def flush(
         self, weights: Mapping[str, float | Tensor], over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -35,7 +37,7 @@ class LossLog:
         """
         if not self._values:
             return {}
-        values, self._values = self._values, {}
+        values, self._values = self._values, defaultdict(list)
         means = torch.stack([torch.stack(column).float().mean() for column in values.values()])
         if over_ranks is not None:
             means = over_ranks(means)

@@ -38,7 +38,9 @@ class FrozenTeacher(Teacher):
         network.requires_grad_(False).eval()
         if dtype is not None:
             network.to(dtype)
-        object.__setattr__(self, "_network", network)  # past nn.Module's registration
+        # past nn.Module's registration; a floating-point weight, whose dtype is that of the network
+        object.__setattr__(self, "_network", network)
+        object.__setattr__(self, "_weight", next((p for p in network.parameters() if p.is_floating_point()), None))
         self._taps = Taps(network, ())
 
     @property
@@ -47,15 +49,15 @@ class FrozenTeacher(Teacher):
         network: nn.Module = self.__dict__["_network"]
         return network
 
-    @torch.no_grad()  # not inference_mode: the student's loss may save the teacher's tensors for its backward
     def forward(self, batch: Any, task: Task) -> Outputs:
         """What the network says about ``batch``, without a graph."""
         network = self.network
         if network.training:  # somebody who holds the network itself has called train()
             network.eval()
-        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
-        with self._taps.recording() as features:
-            outputs = task.run(network, _cast(batch, dtype))
+        weight = self.__dict__["_weight"]
+        # not inference_mode: the student's loss may save the teacher's tensors for its backward
+        with torch.no_grad(), self._taps.recording() as features:
+            outputs = task.run(network, batch if weight is None else _cast(batch, weight.dtype))
         outputs.features.update(features)
         return outputs
 
@@ -107,12 +109,10 @@ class FunctionTeacher(Teacher):
         return to_outputs(self.function(batch))
 
 
-def _cast(batch: Any, dtype: torch.dtype | None) -> Any:
-    """``batch`` with its floating-point tensors in ``dtype``; the very same object if nothing changes."""
-    if dtype is None:
-        return batch
+def _cast(batch: Any, dtype: torch.dtype) -> Any:
+    """``batch`` with its floating-point tensors in ``dtype``."""
     if isinstance(batch, Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
+        return batch.to(dtype) if batch.dtype != dtype and batch.is_floating_point() else batch
     if isinstance(batch, dict):
         return {key: _cast(value, dtype) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
