@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -162,7 +163,8 @@ def nearest_map(cost: Tensor, *, name: str = "cost") -> LayerMap:
         (2, 1)
     """
     cost = _checked_pairs(cost, "cost")
-    return _map((cost.argmin(dim=1) + 1).tolist(), *cost.shape, f"nearest, by {name}", cost, name)
+    student_depth, teacher_depth = cost.shape
+    return _map((cost.argmin(dim=1) + 1).tolist(), student_depth, teacher_depth, f"nearest, by {name}", cost, name)
 
 
 def cka_map(similarity: Tensor, *, monotone: bool = True) -> LayerMap:
@@ -182,7 +184,7 @@ def cka_map(similarity: Tensor, *, monotone: bool = True) -> LayerMap:
     similarity = _checked_pairs(similarity, "similarity")
     chosen = monotone_map(1 - similarity) if monotone else nearest_map(1 - similarity)
     method = "monotone, by CKA" if monotone else "nearest, by CKA"
-    return _map(chosen.teacher, *similarity.shape, method, similarity, "CKA")
+    return replace(chosen, method=method, scores=similarity, score="CKA")
 
 
 def _map(

@@ -141,7 +141,9 @@ def measure_layers(
                     gradients = torch.autograd.grad(total, teacher_hidden[1:])
                     pairs = zip(gradients, teacher_hidden[1:], strict=True)
                     importances.append(torch.stack([taylor_importance(g, h.detach()) for g, h in pairs]).cpu())
-            mask = _positions(batch, teacher_hidden[0])
+            mask = module.task.positions(batch)
+            if mask is not None and mask.shape != teacher_hidden[0].shape[:2]:
+                mask = None
             if len({state.shape for state in teacher_hidden}) == 1 and channel_dim in (None, -1):
                 densities.append(_density(teacher_hidden, mask, channel_dim))
             _keep(kept, student_hidden[1:], teacher_hidden[1:], mask, channel_dim, -(-rows // batches), generator)
@@ -201,12 +203,6 @@ def _total_loss(task: Any, outputs: Outputs, batch: Any, loss: BatchLoss | None)
     values: Tensor = task.hard_term()(Step(batch=batch, student=outputs, labels=labels))
     mask = task.mask(batch, outputs)
     return values.sum() if mask is None else values[mask].sum()
-
-
-def _positions(batch: Any, hidden: Tensor) -> Tensor | None:
-    """Which positions of sequences ``(B, T, d)`` are no padding."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if mask is not None and mask.shape == hidden.shape[:2] else None
 
 
 def _density(hidden: Sequence[Tensor], mask: Tensor | None, channel_dim: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -83,7 +84,7 @@ def knowledge_density(hidden: Sequence[Tensor], *, mask: Tensor | None = None, r
     if hidden[0].numel() == 0:
         raise ValueError("`mask` leaves no position to average over.")
     moved = []
-    for below, above in zip(hidden[:-1], hidden[1:], strict=True):
+    for below, above in itertools.pairwise(hidden):
         distance = (_wide(above) - _wide(below)).norm(dim=-1)
         if relative:
             length = _wide(below).norm(dim=-1)
@@ -100,7 +101,8 @@ def gradient_importance(loss: Tensor, features: Sequence[Tensor], *, per_element
 
     Args:
         loss: Scalar with a graph.
-        features: Tensors of that graph; one that the loss does not depend on has importance 0.
+        features: Tensors of that graph; one that the loss does not depend on, or that has no gradient, has importance
+            0.
         per_element: Divide by the root of the number of elements, to compare features of different sizes.
 
     Returns:
@@ -111,9 +113,12 @@ def gradient_importance(loss: Tensor, features: Sequence[Tensor], *, per_element
         >>> gradient_importance((x ** 2).sum(), [x])
         tensor([10.])
     """
-    gradients = torch.autograd.grad(loss, list(features), retain_graph=True, allow_unused=True)
+    open_ones = [feature for feature in features if feature.requires_grad]
+    found = torch.autograd.grad(loss, open_ones, retain_graph=True, allow_unused=True) if open_ones else ()
+    gradients = dict(zip(map(id, open_ones), found, strict=True))
     norms = []
-    for gradient, feature in zip(gradients, features, strict=True):
+    for feature in features:
+        gradient = gradients.get(id(feature))
         norm = feature.new_zeros((), dtype=_wide(feature).dtype) if gradient is None else _wide(gradient).norm()
         norms.append(norm / feature.numel() ** 0.5 if per_element else norm)
     return torch.stack(norms).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,12 +36,9 @@ def architecture_plan(depths: Sequence[int]) -> list[Shortening]:
         >>> architecture_plan([12, 6, 3])[1]
         Shortening(teacher_depth=6, student_depth=3, kept=(2, 4, 6))
     """
-    if len(depths) < 2 or any(below >= above for above, below in zip(depths, depths[1:], strict=False)):
+    if len(depths) < 2 or any(below >= above for above, below in itertools.pairwise(depths)):
         raise ValueError(f"`depths` must be at least two strictly decreasing numbers of layers, got {list(depths)}.")
-    return [
-        Shortening(above, below, uniform_map(below, above).teacher)
-        for above, below in zip(depths, depths[1:], strict=False)
-    ]
+    return [Shortening(above, below, uniform_map(below, above).teacher) for above, below in itertools.pairwise(depths)]
 
 
 def build_student(teacher: nn.Module, kept: Sequence[int], *, stack: str | None = None) -> nn.Module:
@@ -105,7 +103,7 @@ def find_stack(network: nn.Module) -> str:
         and len({type(layer) for layer in module}) == 1
         and (len(module) == depth if depth is not None else len(module) > 1)
     ]
-    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    outer: list[str] = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outer) == 1:
         return outer[0]
     length = "" if depth is None else f" of {depth} layers, as its configuration says"

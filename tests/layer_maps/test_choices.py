@@ -133,7 +133,7 @@ def test_pairs_count_as_each_kind_of_name_does():
     assert layers.pairs("hidden_states.{}") == {f"hidden_states.{i}": f"hidden_states.{2 * i}" for i in (1, 2, 3)}
     assert layers.pairs("attentions.{}") == {f"attentions.{i}": f"attentions.{2 * i + 1}" for i in (0, 1, 2)}
     both = layers.pairs("blocks.{}", "encoder.layer.{}.output")
-    assert list(both.items())[0] == ("blocks.0", "encoder.layer.1.output")
+    assert next(iter(both.items())) == ("blocks.0", "encoder.layer.1.output")
     with_embeddings = layers.with_embeddings()
     assert with_embeddings.pairs("hidden_states.{}") == {"hidden_states.0": "hidden_states.0"} | layers.pairs(
         "hidden_states.{}"

@@ -96,7 +96,7 @@ def test_a_student_made_of_the_teachers_layers_finds_them_again():
     torch.manual_seed(1)
     teacher = bert(4, initializer_range=0.4)
     student = build_student(teacher, [1, 2])
-    found = measure_layers(KD(student, teacher, task=SequenceClassification()), batches(20), batches=20, rows=400)
+    found = measure_layers(KD(student, teacher, task=SequenceClassification()), batches(12), batches=12, rows=200)
     assert found.similar().teacher == (1, 2)
     assert found.fitted().teacher == (1, 2)
     assert found.fitted().scores[0, 0] < 1e-3

@@ -1,5 +1,7 @@
 """Importance of layers and fit of pairs, against NumPy, autograd and invariants."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_density_golden(golden):
 def test_density_ignores_padding_and_the_relative_one_ignores_scale():
     hidden = [torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(3)]
     mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
-    expected = [np.linalg.norm((b - a)[mask].numpy(), axis=-1).mean() for a, b in zip(hidden, hidden[1:], strict=False)]
+    expected = [np.linalg.norm((b - a)[mask].numpy(), axis=-1).mean() for a, b in itertools.pairwise(hidden)]
     np.testing.assert_allclose(knowledge_density(hidden, mask=mask), expected, rtol=1e-12)
     spoilt = [torch.where(mask.unsqueeze(-1), state, 1e6) for state in hidden]
     torch.testing.assert_close(knowledge_density(spoilt, mask=mask), knowledge_density(hidden, mask=mask))
@@ -92,8 +94,9 @@ def test_gradient_importance_golden(golden):
 
 
 def test_a_feature_that_the_loss_does_not_see_has_no_importance():
-    seen, unseen = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
-    assert gradient_importance(seen.sum(), [seen, unseen]).tolist() == pytest.approx([3**0.5, 0.0])
+    seen, unseen, frozen = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True), torch.ones(3)
+    loss = (seen * frozen).sum()
+    assert gradient_importance(loss, [seen, unseen, frozen]).tolist() == pytest.approx([3**0.5, 0.0, 0.0])
 
 
 def test_fitted_cost_equals_ridge_regression_in_numpy():
