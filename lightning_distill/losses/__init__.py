@@ -12,6 +12,14 @@ from lightning_distill.losses.cross_task import CrossTaskTargets, cross_task_kd
 from lightning_distill.losses.cross_tokenizer import UniversalLogitDistance, universal_logit_distance
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
 from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
+from lightning_distill.losses.embeddings import (
+    EmbeddingDistance,
+    PairSimilarity,
+    SimilarityMatching,
+    embedding_distance,
+    pair_similarity,
+    similarity_matching,
+)
 from lightning_distill.losses.features import FeatureMatching
 from lightning_distill.losses.fused import FusedKD
 from lightning_distill.losses.items import per_item
@@ -47,6 +55,7 @@ __all__ = [
     "AdaptiveTokenWeight",
     "CrossEntropy",
     "CrossTaskTargets",
+    "EmbeddingDistance",
     "EntropyTokenWeight",
     "FeatureMatching",
     "FusedKD",
@@ -57,8 +66,10 @@ __all__ = [
     "LogitStandardization",
     "MLPTransform",
     "Mixup",
+    "PairSimilarity",
     "SampledKD",
     "SampledTargets",
+    "SimilarityMatching",
     "SoftTargets",
     "SparseKD",
     "SquaredError",
@@ -72,6 +83,7 @@ __all__ = [
     "cross_task_kd",
     "decoupled_divergence",
     "effective_share",
+    "embedding_distance",
     "fused_linear_kd",
     "fused_linear_kd_items",
     "inter_class_distance",
@@ -81,10 +93,12 @@ __all__ = [
     "kl_divergence",
     "mixup",
     "non_target_divergence",
+    "pair_similarity",
     "per_item",
     "reduce_items",
     "resize",
     "sampled_kd",
+    "similarity_matching",
     "skewed_kl_divergence",
     "soft_cross_entropy",
     "softened_log_softmax",
