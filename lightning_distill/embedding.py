@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.regression import SpearmanCorrCoef
 
 from lightning_distill.losses.embeddings import EmbeddingDistance, PairSimilarity, pair_similarity
 from lightning_distill.losses.term import Term
-from lightning_distill.metrics import SimilaritySpearman
+from lightning_distill.metrics import RankCorrelation, SimilaritySpearman
 from lightning_distill.outputs import Outputs
 from lightning_distill.packages import package_path
 from lightning_distill.tasks import KEPT_FROM_MODELS, Task
@@ -115,7 +114,7 @@ class Embedding(Task):
 
     def metrics(self, outputs: Outputs) -> dict[str, Metric]:
         """``similarity``, for pairs with labels."""
-        return {"similarity": SpearmanCorrCoef()}
+        return {"similarity": RankCorrelation()}
 
     def imitation_metrics(self) -> dict[str, Metric]:
         """``spearman``, beside a teacher."""

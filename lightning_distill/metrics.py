@@ -198,6 +198,40 @@ class SimilaritySpearman(Metric):
         return spearman_corrcoef(ours, theirs)
 
 
+class RankCorrelation(Metric):
+    """Spearman's rank correlation of predictions and labels, in [-1, 1]; exact over processes, for it keeps all values.
+
+    Example:
+        >>> metric = RankCorrelation()
+        >>> metric.update(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.1, 0.5, 0.9]))
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    predictions: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("predictions", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Add values, shape ``(n,)`` each."""
+        self.predictions.append(predictions.detach().float())
+        self.labels.append(labels.detach().float())
+
+    def compute(self) -> Tensor:
+        """Rank correlation of everything seen; NaN for fewer than 2 values."""
+        predictions, labels = dim_zero_cat(self.predictions), dim_zero_cat(self.labels)
+        if len(labels) < 2:
+            return torch.full((), torch.nan, device=labels.device)
+        return spearman_corrcoef(predictions, labels)
+
+
 class TeacherEntropy(_ItemMean):
     """Mean entropy of the teacher's predictions, in nats, from 0 to ``log C``.
 

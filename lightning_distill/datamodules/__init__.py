@@ -13,6 +13,7 @@ from lightning_distill.datamodules.samplers import (
     ResumableSampler,
     systematic_resample,
 )
+from lightning_distill.datamodules.sentences import SentenceDataModule, TextClassificationDataModule, sentences
 from lightning_distill.datamodules.tensors import (
     InMemoryDataModule,
     Splits,
@@ -30,12 +31,15 @@ __all__ = [
     "ResumableDataModule",
     "ResumableLoader",
     "ResumableSampler",
+    "SentenceDataModule",
     "Splits",
     "TensorDataModule",
+    "TextClassificationDataModule",
     "TextDataModule",
     "TwoTokenizers",
     "aligned_positions",
     "choose_stratified",
     "corrupt_labels",
+    "sentences",
     "systematic_resample",
 ]
