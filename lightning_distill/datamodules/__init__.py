@@ -13,7 +13,7 @@ from lightning_distill.datamodules.samplers import (
     ResumableSampler,
     systematic_resample,
 )
-from lightning_distill.datamodules.sentences import SentenceDataModule, TextClassificationDataModule, sentences
+from lightning_distill.datamodules.short_texts import SentenceDataModule, TextClassificationDataModule, sentences
 from lightning_distill.datamodules.tensors import (
     InMemoryDataModule,
     Splits,

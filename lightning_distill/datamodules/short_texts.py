@@ -163,9 +163,9 @@ class _ShortTexts(ResumableDataModule):
 
     @property
     def texts(self) -> Parts:
-        """Columns of each part, as they were read."""
-        self._load()
-        assert self._texts is not None
+        """Columns of each part, as they were read; ``None`` where there is none."""
+        if self._texts is None:
+            self._texts = self._read()
         return self._texts
 
     @property
@@ -218,13 +218,12 @@ class _ShortTexts(ResumableDataModule):
 
     def _load(self) -> Parts:
         if self._parts is None:
-            texts = self._read()
+            texts = self.texts
             self._tokenizer = (
                 train_tokenizer(texts.train[self.columns[0]], self.trained_vocab_size)
                 if self.tokenizer_name is None
                 else _load_tokenizer(self.tokenizer_name)
             )
-            self._texts = texts
             self._parts = Parts(*(None if part is None else self.encode(part, self._tokenizer) for part in texts))
         return self._parts
 
@@ -462,8 +461,7 @@ class TextClassificationDataModule(_ShortTexts):
         )
 
     def _labels(self, values: Sequence[Any]) -> Tensor:
-        assert self._texts is not None
-        if all(map(_is_number, self._texts.train[self.label])):
+        if all(map(_is_number, self.texts.train[self.label])):
             return torch.tensor([int(value) for value in values])
         numbers = {name: number for number, name in enumerate(self.classes)}
         if unknown := [value for value in values if value not in numbers]:
