@@ -6,6 +6,7 @@ if __name__ == "datamodules":
     raise ImportError("import lightning_distill.datamodules, not datamodules")
 
 from lightning_distill.datamodules.digits import DigitsDataModule
+from lightning_distill.datamodules.image_folder import ImageFolderDataModule
 from lightning_distill.datamodules.mnist1d import MNIST1DDataModule
 from lightning_distill.datamodules.samplers import (
     ResumableDataModule,
@@ -26,6 +27,7 @@ from lightning_distill.datamodules.two_tokenizers import TwoTokenizers, aligned_
 
 __all__ = [
     "DigitsDataModule",
+    "ImageFolderDataModule",
     "InMemoryDataModule",
     "MNIST1DDataModule",
     "ResumableDataModule",
