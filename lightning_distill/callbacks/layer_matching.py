@@ -380,10 +380,10 @@ class DynamicLayerWeights(_PairWeights):
 def _find_term(name: str | None, pl_module: L.LightningModule, who: str) -> str:
     """Name of the term whose pair weights ``who`` turns."""
     terms: Any = getattr(pl_module, "terms", {})
-    weighted = [key for key, term in terms.items() if hasattr(term, "pair_weights")]
+    weighted: list[str] = [key for key, term in terms.items() if hasattr(term, "pair_weights")]
     if name is None and len(weighted) == 1:
         return weighted[0]
-    if name in weighted:
+    if name is not None and name in weighted:
         return name
     if name is not None or not weighted:
         asked = "" if name is None else f" no term {name!r} with pair weights;"
