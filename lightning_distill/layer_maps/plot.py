@@ -43,10 +43,12 @@ def plot_map(layers: LayerMap, path: Path) -> Path:
         axes.imshow(cells.numpy(), cmap="Blues", aspect="auto" if importance else "equal", vmin=0, vmax=1.6)
     for ours, theirs in layers:
         if ours != EMBEDDINGS:
-            axes.add_patch(Rectangle((theirs - 1.5, ours - 1.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=2))
+            axes.add_patch(
+                Rectangle((theirs - 1.5, ours - 1.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=2, clip_on=False)
+            )
     axes.set_xticks(range(layers.teacher_depth), [str(number + 1) for number in range(layers.teacher_depth)])
     axes.set_yticks(range(layers.student_depth), [str(number + 1) for number in range(layers.student_depth)])
     axes.set(xlabel="teacher layer", ylabel="student layer")
-    figure.suptitle(layers.method, fontsize="medium")
+    (bars if importance else axes).set_title(layers.method, fontsize="medium")
     figure.savefig(path, dpi=120)
     return path
