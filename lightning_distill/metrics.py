@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.functional.regression import spearman_corrcoef
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_distill.losses.dkd import without_target
 from lightning_distill.losses.soft_targets import (
@@ -140,6 +142,94 @@ class Fidelity(_ItemMean):
     def update(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
         """Add logits of both, shape ``(items..., C)``."""
         self._add(kl_divergence(student_logits, teacher_logits))
+
+
+class SimilaritySpearman(Metric):
+    """Rank correlation of all pairwise cosines of the student's embeddings with the teacher's, in [-1, 1].
+
+    1 means that the student puts all pairs of samples in the teacher's order of similarity. Widths may differ. Exact
+    over processes: embeddings are collected. Of more than ``max_samples`` an evenly spaced part is taken, since the
+    pairs grow with the square.
+
+    Args:
+        max_samples: At least 3.
+
+    Raises:
+        ValueError: If ``max_samples`` is below 3.
+
+    Example:
+        >>> metric = SimilaritySpearman()
+        >>> x = torch.randn(8, 4)
+        >>> metric.update(2 * x, x)
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    student: list[Tensor]
+    teacher: list[Tensor]
+
+    def __init__(self, max_samples: int = 1000) -> None:
+        super().__init__()
+        if not max_samples >= 3:
+            raise ValueError(f"`max_samples` must be at least 3, got {max_samples}: two samples are one pair.")
+        self.max_samples = max_samples
+        self.add_state("student", [], dist_reduce_fx="cat")
+        self.add_state("teacher", [], dist_reduce_fx="cat")
+
+    def update(self, student: Tensor, teacher: Tensor) -> None:
+        """Add embeddings of the same samples, shapes ``(B, d_S)`` and ``(B, d_T)``."""
+        self.student.append(student.detach().float())
+        self.teacher.append(teacher.detach().float())
+
+    def compute(self) -> Tensor:
+        """Rank correlation over all pairs; NaN for fewer than 3 samples."""
+        sides = [torch.nn.functional.normalize(dim_zero_cat(side), dim=-1) for side in (self.student, self.teacher)]
+        count = len(sides[0])
+        if count < 3:
+            return torch.full((), torch.nan, device=sides[0].device)
+        if count > self.max_samples:
+            chosen = torch.linspace(0, count - 1, self.max_samples, device=sides[0].device).long()
+            sides = [side[chosen] for side in sides]
+        above = torch.triu_indices(len(sides[0]), len(sides[0]), offset=1, device=sides[0].device)
+        ours, theirs = ((side @ side.T)[above[0], above[1]] for side in sides)
+        return spearman_corrcoef(ours, theirs)
+
+
+class RankCorrelation(Metric):
+    """Spearman's rank correlation of predictions and labels, in [-1, 1]; exact over processes, for it keeps all values.
+
+    Example:
+        >>> metric = RankCorrelation()
+        >>> metric.update(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.1, 0.5, 0.9]))
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    predictions: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("predictions", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Add values, shape ``(n,)`` each."""
+        self.predictions.append(predictions.detach().float())
+        self.labels.append(labels.detach().float())
+
+    def compute(self) -> Tensor:
+        """Rank correlation of everything seen; NaN for fewer than 2 values."""
+        predictions, labels = dim_zero_cat(self.predictions), dim_zero_cat(self.labels)
+        if len(labels) < 2:
+            return torch.full((), torch.nan, device=labels.device)
+        return spearman_corrcoef(predictions, labels)
 
 
 class TeacherEntropy(_ItemMean):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-Head = Literal["causal-lm", "sequence-classification", "image-classification"]
+Head = Literal["causal-lm", "sequence-classification", "image-classification", "encoder"]
 
 
 class ConvNet1d(nn.Module):
@@ -201,7 +201,8 @@ def from_config(model_type: str, head: Head, config: Mapping[str, Any] | None = 
 
     Args:
         model_type: As transformers names it: ``"gpt2"``, ``"llama"``, ``"bert"``, ``"vit"`` …
-        head: What it is for: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``.
+        head: What it is for: ``"causal-lm"``, ``"sequence-classification"``, ``"image-classification"``, or
+            ``"encoder"`` for no head (and no layer over the class token).
         config: Arguments of its configuration, such as ``{"vocab_size": 512, "n_layer": 2}``.
 
     Raises:
@@ -218,12 +219,15 @@ def from_config(model_type: str, head: Head, config: Mapping[str, Any] | None = 
         "causal-lm": transformers.AutoModelForCausalLM,
         "sequence-classification": transformers.AutoModelForSequenceClassification,
         "image-classification": transformers.AutoModelForImageClassification,
+        "encoder": transformers.AutoModel,
     }
     if head not in classes:
         raise ValueError(f"`head` must be one of {', '.join(classes)}, got {head!r}.")
     configuration = transformers.AutoConfig.for_model(model_type, **(config or {}))
     build: Any = classes[head]
     model: nn.Module = build.from_config(configuration)
+    if head == "encoder" and isinstance(getattr(model, "pooler", None), nn.Module):
+        model.pooler = None  # type: ignore[assignment]  # never trained: an average over the text does not use it
     return model.train()
 
 

@@ -16,7 +16,7 @@ from lightning_distill.losses.fused import FusedKD
 from lightning_distill.losses.soft_targets import SoftTargets
 from lightning_distill.losses.targets import CrossEntropy, SquaredError, TeacherSquaredError
 from lightning_distill.losses.term import Term
-from lightning_distill.metrics import Accuracy, NegativeLogLikelihood
+from lightning_distill.metrics import Accuracy, Agreement, Fidelity, NegativeLogLikelihood
 from lightning_distill.modes import inference
 from lightning_distill.outputs import UNLABELLED, Outputs
 
@@ -131,6 +131,14 @@ class Task:
     def metrics(self, outputs: Outputs) -> dict[str, Metric]:
         """Metrics by name, each fed with ``(predictions, labels)`` by :meth:`evaluable`."""
         return {}
+
+    def imitation_metrics(self) -> dict[str, Metric]:
+        """Metrics by name of how well a student imitates, each fed with what student and teacher say."""
+        return {"agreement": Agreement(), "fidelity": Fidelity()} if self.imitable else {}
+
+    def comparable(self, student: Tensor, teacher: Tensor) -> bool:
+        """Whether these can be compared by :meth:`imitation_metrics`."""
+        return student.shape == teacher.shape
 
     def evaluable(self, outputs: Outputs, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Predictions and labels of the items that can be scored, or ``None`` if there are none."""

@@ -1,5 +1,6 @@
 """What README, docs and examples tell people to type works."""
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -41,6 +42,12 @@ def shortened(configuration):
     if "methods" in configuration:
         configuration["seeds"] = 2
     return configuration
+
+
+def missing_package(line):
+    """Whether an example's weights are in a package that is not installed here."""
+    named = re.findall(r"package:(\w+)", (ROOT / line[2]).read_text()) if line[2].startswith("examples/") else []
+    return any(importlib.util.find_spec(package) is None for package in named)
 
 
 @pytest.fixture
@@ -88,7 +95,7 @@ def test_every_printed_command_of_ours_runs(examples):
     assert (examples / "runs" / "teacher" / "teacher.ckpt").exists()
     assert (examples / "runs" / "kd" / "last.ckpt").exists()
     for line in ours:
-        if line[0] == "compare":
+        if line[0] == "compare" and not missing_package(line):
             main([*line, "--wandb", "off"])
             folder = yaml.safe_load(Path(line[2]).read_text())["folder"]
             comparison = Comparison.load(folder)

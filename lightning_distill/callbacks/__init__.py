@@ -6,12 +6,26 @@ if __name__ == "callbacks":
     )
 
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.layer_matching import (
+    DynamicLayerWeights,
+    ProgressiveLayers,
+    RandomLayers,
+    progressive_layers,
+    sample_layers,
+    update_layer_weights,
+)
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 
 __all__ = [
     "CacheWriter",
+    "DynamicLayerWeights",
     "OnPolicy",
+    "ProgressiveLayers",
+    "RandomLayers",
     "TemperatureAnnealing",
     "generated_batch",
+    "progressive_layers",
+    "sample_layers",
+    "update_layer_weights",
 ]

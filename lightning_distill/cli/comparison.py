@@ -13,6 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_distill.callbacks
 import lightning_distill.datamodules
+import lightning_distill.embedding
+import lightning_distill.layer_maps
 import lightning_distill.losses
 import lightning_distill.modules
 import lightning_distill.networks

@@ -6,6 +6,7 @@ if __name__ == "datamodules":
     raise ImportError("import lightning_distill.datamodules, not datamodules")
 
 from lightning_distill.datamodules.digits import DigitsDataModule
+from lightning_distill.datamodules.image_folder import ImageFolderDataModule
 from lightning_distill.datamodules.mnist1d import MNIST1DDataModule
 from lightning_distill.datamodules.samplers import (
     ResumableDataModule,
@@ -13,6 +14,7 @@ from lightning_distill.datamodules.samplers import (
     ResumableSampler,
     systematic_resample,
 )
+from lightning_distill.datamodules.short_texts import SentenceDataModule, TextClassificationDataModule, sentences
 from lightning_distill.datamodules.tensors import (
     InMemoryDataModule,
     Splits,
@@ -25,17 +27,21 @@ from lightning_distill.datamodules.two_tokenizers import TwoTokenizers, aligned_
 
 __all__ = [
     "DigitsDataModule",
+    "ImageFolderDataModule",
     "InMemoryDataModule",
     "MNIST1DDataModule",
     "ResumableDataModule",
     "ResumableLoader",
     "ResumableSampler",
+    "SentenceDataModule",
     "Splits",
     "TensorDataModule",
+    "TextClassificationDataModule",
     "TextDataModule",
     "TwoTokenizers",
     "aligned_positions",
     "choose_stratified",
     "corrupt_labels",
+    "sentences",
     "systematic_resample",
 ]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_distill.datamodules.buckets import bucketed
+
 
 class ResumableSampler(DistributedSampler[int]):
     """Shuffles by ``(seed, epoch)``, the same on every rank, and can start in the middle of an epoch.
@@ -50,6 +52,7 @@ class ResumableSampler(DistributedSampler[int]):
         super().__init__(range(size), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.size = size
         self.weights: Tensor | None = None
+        self.lengths: tuple[Tensor, int] | None = None
         self.start = (0, 0)
 
     def set_weights(self, weights: Tensor | None) -> None:
@@ -66,6 +69,15 @@ class ResumableSampler(DistributedSampler[int]):
             ValueError: If ``weights`` is not that.
         """
         self.weights = None if weights is None else check_weights(weights, self.size)
+
+    def set_lengths(self, lengths: Tensor, batch_size: int) -> None:
+        """Put samples of like length into a batch; see :func:`~lightning_distill.datamodules.buckets.bucketed`.
+
+        Args:
+            lengths: Of the samples, shape ``(size,)``.
+            batch_size: Per rank.
+        """
+        self.lengths = (lengths, batch_size * self.num_replicas)
 
     def start_at(self, epoch: int, position: int) -> None:
         """Continue ``epoch`` after ``position`` samples, counted over all ranks; later epochs are whole.
@@ -88,9 +100,11 @@ class ResumableSampler(DistributedSampler[int]):
         # torch seeds with seed + epoch: epoch 1 of seed 0 would be epoch 0 of seed 1.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         if self.weights is not None:
-            return systematic_resample(self.weights, self.total_size, generator)
-        permutation = torch.randperm(self.size, generator=generator)
-        return permutation.repeat(-(-self.total_size // self.size))[: self.total_size]
+            order = systematic_resample(self.weights, self.total_size, generator)
+        else:
+            permutation = torch.randperm(self.size, generator=generator)
+            order = permutation.repeat(-(-self.total_size // self.size))[: self.total_size]
+        return order if self.lengths is None else bucketed(order, *self.lengths, generator)
 
     def __iter__(self) -> Iterator[int]:
         mine = self.order()[self.rank :: self.num_replicas]
@@ -187,19 +201,24 @@ class ResumableDataModule(L.LightningDataModule):
         """Forget the position of an earlier run; one from a checkpoint is loaded after this."""
         self._resume = None
 
-    def train_sampler(self, size: int, *, batch_size: int, seed: int) -> ResumableSampler:
+    def train_sampler(
+        self, size: int, *, batch_size: int, seed: int, lengths: Tensor | None = None
+    ) -> ResumableSampler:
         """The sampler of the training loader, at the position where training stands or resumes.
 
         Args:
             size: Number of training samples.
             batch_size: Of the loader, per rank.
             seed: Of the order.
+            lengths: Of the samples, shape ``(size,)``, to put those of like length into a batch.
         """
         ranks = (
             {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
         )
         sampler = PassSampler(size, batches_done=self._batches_done, seed=seed, **ranks)
         sampler.set_weights(self._weights)
+        if lengths is not None:
+            sampler.set_lengths(lengths, batch_size)
         # The first iterator of a loader with workers draws at once, before the trainer calls `set_epoch`, and perhaps
         # before it has loaded its own counters: the position must be right from the beginning.
         if self._resume is not None:

@@ -42,6 +42,14 @@ from lightning_distill.losses.distances import (
     Spectrum,
 )
 from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
+from lightning_distill.losses.embeddings import (
+    EmbeddingDistance,
+    PairSimilarity,
+    SimilarityMatching,
+    embedding_distance,
+    pair_similarity,
+    similarity_matching,
+)
 from lightning_distill.losses.features import FeatureMatching
 from lightning_distill.losses.fused import FusedKD
 from lightning_distill.losses.items import per_item
@@ -99,6 +107,7 @@ __all__ = [
     "CrossEntropy",
     "CrossTaskTargets",
     "Decorrelation",
+    "EmbeddingDistance",
     "EntropyTokenWeight",
     "FeatureMatching",
     "FusedKD",
@@ -114,11 +123,13 @@ __all__ = [
     "LowRank",
     "MLPTransform",
     "Mixup",
+    "PairSimilarity",
     "PerturbationInfoNCE",
     "PooledSequence",
     "Procrustes",
     "SampledKD",
     "SampledTargets",
+    "SimilarityMatching",
     "SoftTargets",
     "SparseAttention",
     "SparseKD",
@@ -137,6 +148,7 @@ __all__ = [
     "decorrelation",
     "decoupled_divergence",
     "effective_share",
+    "embedding_distance",
     "fused_linear_kd",
     "fused_linear_kd_items",
     "info_nce",
@@ -148,10 +160,12 @@ __all__ = [
     "lipschitz_penalty",
     "mixup",
     "non_target_divergence",
+    "pair_similarity",
     "per_item",
     "reduce_items",
     "resize",
     "sampled_kd",
+    "similarity_matching",
     "skewed_kl_divergence",
     "soft_cross_entropy",
     "softened_log_softmax",

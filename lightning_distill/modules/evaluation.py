@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
-from lightning_distill.metrics import Agreement, Fidelity
 from lightning_distill.outputs import Outputs, Step
 from lightning_distill.tasks import Task
 
@@ -16,9 +15,9 @@ from lightning_distill.tasks import Task
 class Evaluation:
     """The task's metrics of a student, and, beside a teacher, how well it imitates.
 
-    With a teacher of the same output shape, of which all logits are known: ``agreement`` (share of items on which both
-    decide alike) and ``fidelity`` (mean KL divergence from the teacher, nats, temperature 1). Values are exact over all
-    processes.
+    With a teacher whose outputs are comparable and all known, also the task's imitation metrics: for classes
+    ``agreement`` (share of items on which both decide alike) and ``fidelity`` (mean KL divergence from the teacher,
+    nats, temperature 1). Values are exact over all processes.
 
     Args:
         task: Which metrics there are.
@@ -29,9 +28,7 @@ class Evaluation:
         device = outputs.logits.device
         self._task = task
         self._own = {name: metric.to(device) for name, metric in task.metrics(outputs).items()}
-        self._pair: dict[str, Metric] = (
-            {"agreement": Agreement().to(device), "fidelity": Fidelity().to(device)} if task.imitable else {}
-        )
+        self._pair = {name: metric.to(device) for name, metric in task.imitation_metrics().items()}
         self._losses: dict[str, MeanMetric] = {}
         self._fed: set[str] = set()
 
@@ -48,7 +45,7 @@ class Evaluation:
             if step.teacher.top_k is not None:  # all logits are not known
                 continue
             teacher = step.teacher.logits_of(part)
-            if teacher.shape != student.shape:
+            if not self._task.comparable(student, teacher):
                 continue
             if mask is not None:
                 student, teacher = student[mask], teacher[mask]
