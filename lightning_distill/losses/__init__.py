@@ -1,5 +1,6 @@
 """What a student can be trained to minimise."""
 
+from lightning_distill.losses.auxiliary_heads import AuxiliaryHeads, auxiliary_head, head_tier, head_width
 from lightning_distill.losses.big_vocabulary import (
     FusedLoss,
     KDItems,
@@ -10,6 +11,7 @@ from lightning_distill.losses.big_vocabulary import (
 )
 from lightning_distill.losses.cross_task import CrossTaskTargets, cross_task_kd
 from lightning_distill.losses.cross_tokenizer import UniversalLogitDistance, universal_logit_distance
+from lightning_distill.losses.deep_supervision import LayerwiseKD, OnHeads, deep_supervision_loss, layerwise_kd
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
 from lightning_distill.losses.dkd import DKD, decoupled_divergence, non_target_divergence, target_divergence
 from lightning_distill.losses.features import FeatureMatching
@@ -27,6 +29,13 @@ from lightning_distill.losses.language_modelling import (
 from lightning_distill.losses.lazy import Lazy, is_unbuilt
 from lightning_distill.losses.logit_standardization import LogitStandardization, standardize_logits
 from lightning_distill.losses.mixup import Mixup, mixup
+from lightning_distill.losses.self_features import (
+    FeatureAlignment,
+    HierarchicalSelfKD,
+    PairedLayers,
+    alignment_pairs,
+    hierarchical_pairs,
+)
 from lightning_distill.losses.soft_targets import (
     SoftTargets,
     jensen_shannon_divergence,
@@ -45,18 +54,24 @@ __all__ = [
     "DIST",
     "DKD",
     "AdaptiveTokenWeight",
+    "AuxiliaryHeads",
     "CrossEntropy",
     "CrossTaskTargets",
     "EntropyTokenWeight",
+    "FeatureAlignment",
     "FeatureMatching",
     "FusedKD",
     "FusedLoss",
+    "HierarchicalSelfKD",
     "KDItems",
+    "LayerwiseKD",
     "Lazy",
     "LinearTransform",
     "LogitStandardization",
     "MLPTransform",
     "Mixup",
+    "OnHeads",
+    "PairedLayers",
     "SampledKD",
     "SampledTargets",
     "SoftTargets",
@@ -67,18 +82,25 @@ __all__ = [
     "TopKTargets",
     "UniversalLogitDistance",
     "adaptive_beta",
+    "alignment_pairs",
+    "auxiliary_head",
     "channels_last",
     "cross_entropy",
     "cross_task_kd",
     "decoupled_divergence",
+    "deep_supervision_loss",
     "effective_share",
     "fused_linear_kd",
     "fused_linear_kd_items",
+    "head_tier",
+    "head_width",
+    "hierarchical_pairs",
     "inter_class_distance",
     "intra_class_distance",
     "is_unbuilt",
     "jensen_shannon_divergence",
     "kl_divergence",
+    "layerwise_kd",
     "mixup",
     "non_target_divergence",
     "per_item",
