@@ -3,6 +3,7 @@
 Everything is computed on the CPU in float64, without gradients. Entropies and informations are in nats unless said.
 """
 
+from lightning_distill.diagnostics.depth import GradientFlow, SubnetAgreement, gradient_flow_profile, subnet_agreement
 from lightning_distill.diagnostics.estimates import Estimate, Verdict, bootstrap_mean
 from lightning_distill.diagnostics.gradients import GradientScale, gradient_scale_curve
 from lightning_distill.diagnostics.hypotheses import SampleEfficiency, empirical_rademacher, sample_efficiency_curve
@@ -26,9 +27,11 @@ __all__ = [
     "CrossEntropyParts",
     "DarkKnowledge",
     "Estimate",
+    "GradientFlow",
     "GradientScale",
     "InformationGap",
     "SampleEfficiency",
+    "SubnetAgreement",
     "TransferEfficiency",
     "Unit",
     "Verdict",
@@ -38,8 +41,10 @@ __all__ = [
     "dark_information_gap_from_joint",
     "dark_knowledge",
     "empirical_rademacher",
+    "gradient_flow_profile",
     "gradient_scale_curve",
     "sample_efficiency_curve",
+    "subnet_agreement",
     "synergy",
     "transfer_efficiency",
 ]
