@@ -6,12 +6,14 @@ if __name__ == "callbacks":
     )
 
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.head_weights import PerformanceHeadWeights
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 
 __all__ = [
     "CacheWriter",
     "OnPolicy",
+    "PerformanceHeadWeights",
     "TemperatureAnnealing",
     "generated_batch",
 ]
