@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distill import StochasticDepthSelfKD
+from lightning_distill import SequenceClassification, StochasticDepthSelfKD
 from lightning_distill.diagnostics import subnet_agreement
 from lightning_distill.losses import kl_divergence
+from lightning_distill.networks import from_config
 from lightning_distill.stochastic_depth import (
     StochasticDepth,
     add_stochastic_depth,
@@ -165,6 +166,19 @@ def test_the_export_has_no_trace_of_the_wrappers(tmp_path):
     kept = StochasticDepthSelfKD(network(), BLOCKS, scale="test")
     assert sum(isinstance(part, StochasticDepth) for part in kept.export().modules()) == 4
     torch.testing.assert_close(kept.export()(data().tensors[0]), kept.student.eval()(data().tensors[0]))
+
+
+def test_transformers_blocks_can_be_left_out():
+    settings = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    student = from_config("bert", "sequence-classification", settings | {"intermediate_size": 32, "num_labels": 4})
+    names = list(student.state_dict())
+    blocks = [f"bert.encoder.layer.{i}" for i in range(3)]
+    module = StochasticDepthSelfKD(student, blocks, task=SequenceClassification(), mode="batch")
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    batch = {"input_ids": torch.randint(0, 50, (2, 4)), "attention_mask": mask, "labels": torch.tensor([0, 3])}
+    module.weighting(module.losses(module.observe(batch))).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.student.parameters())
+    assert list(module.export().state_dict()) == names
 
 
 def test_without_dropping_there_is_nothing_to_learn_from_oneself():
