@@ -29,14 +29,12 @@ class EarlyExitNetwork(nn.Module):
     """``network`` with heads on its inner layers, left at the first head that is sure enough.
 
     The pass is stopped in the tapped layer: nothing after it is computed. With one sample that happens as soon as it
-    may
-    leave. With several it happens when the last of them may; until then those that have left are computed along, unless
-    ``sub_batches`` is set. Where the layers lie inside ``network`` does not matter, as long as it runs them in the
-    order of the taps, once each.
+    may leave. With several it happens when the last of them may; until then those that have left are computed along,
+    unless ``sub_batches`` is set. Where the layers lie inside ``network`` does not matter, as long as it runs them in
+    the order of the taps, once each.
 
-    It returns logits, a tensor of shape ``(B, C)``, whatever ``network`` returns. It is made for inference: the stop is
-    a
-    Python exception, which ``torch.compile`` and ``torch.export`` cannot trace; compile or export ``network`` instead.
+    It returns logits, a tensor of shape ``(B, C)``, whatever ``network`` returns. It is made for inference: the stop
+    is a Python exception, which ``torch.compile`` and ``torch.export`` cannot trace; compile or export ``network``.
     An item must be a sample: language models that predict every token need the later layers' keys for later tokens.
 
     Args:
@@ -54,8 +52,7 @@ class EarlyExitNetwork(nn.Module):
         exits: Where each sample of the last pass left, shape ``(B,)``, from 0 to the number of heads.
 
     Raises:
-        ValueError: If the thresholds are not as many as the heads, the heads were never built, or a tap is no
-        submodule.
+        ValueError: If the thresholds are not as many as the heads, the heads were never built, or a tap is no part.
     """
 
     exits: Tensor | None
@@ -319,19 +316,28 @@ def _tapped(network: nn.Module, taps: Sequence[str]) -> list[tuple[nn.Module, bo
 def _hook(module: nn.Module, before: bool, decide: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     if before:
 
-        def at_input(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-            changed = decide(inputs[0])
-            return None if changed is None else (changed, *inputs[1:])
+        def at_input(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            if inputs:
+                changed = _decided(inputs, decide)
+                return None if changed is None else (changed, keywords)
+            name = next(iter(keywords), "")
+            changed = _decided((keywords.get(name),), decide)
+            return None if changed is None else (inputs, keywords | {name: changed[0]})
 
-        return module.register_forward_pre_hook(at_input)
+        return module.register_forward_pre_hook(at_input, with_kwargs=True)
 
     def at_output(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return decide(output)
-        changed = decide(output[0])
-        return None if changed is None else (changed, *output[1:])
+        return decide(output) if isinstance(output, Tensor) else _decided(output, decide)
 
     return module.register_forward_hook(at_output)
+
+
+def _decided(values: Any, decide: Callable[[Tensor], Tensor | None]) -> tuple[Any, ...] | None:
+    """``values`` with another first tensor, or ``None`` if it stays."""
+    if not isinstance(values, (tuple, list)) or not values or not isinstance(values[0], Tensor):
+        raise TypeError(f"An exit needs a layer that gives a tensor, or a tuple that begins with one, got {values!r}.")
+    changed = decide(values[0])
+    return None if changed is None else (changed, *values[1:])
 
 
 def _positions(mask: Tensor | None) -> Tensor | None:

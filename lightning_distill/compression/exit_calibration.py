@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ def calibrate_exits(
     network.thresholds = thresholds
     with inference(network):
         network.sub_batches = _Splitting(network).try_on(batches, Classification() if task is None else task)
-    report = measured.report(thresholds)
+    report = replace(measured.report(thresholds), sub_batches=network.sub_batches)
     _warn_of_unused(report)
     return report
 
@@ -157,6 +157,7 @@ def evaluate_exits(network: EarlyExitNetwork, batches: Iterable[Any], *, task: T
         ValueError: As :func:`measure_exits`.
     """
     report = measure_exits(network, batches, task=task).report(network.thresholds)
+    report = replace(report, sub_batches=network.sub_batches)
     _warn_of_unused(report)
     return report
 

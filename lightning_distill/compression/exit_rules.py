@@ -90,6 +90,7 @@ class ExitReport:
         cost: Mean floating-point operations per sample, heads included; a multiply-add counts as two.
         full_cost: Those of the network without heads.
         samples: Number of samples.
+        sub_batches: Whether the later layers of a batch get only the samples that are left; ``None`` if not known.
     """
 
     names: tuple[str, ...]
@@ -101,6 +102,7 @@ class ExitReport:
     cost: float
     full_cost: float
     samples: int
+    sub_batches: bool | None = None
 
     @property
     def relative_cost(self) -> float:
@@ -125,6 +127,12 @@ class ExitReport:
             f"accuracy {self.accuracy:.2%} (whole network {self.full_accuracy:.2%}), operations "
             f"{self.relative_cost:.1%} of the whole network's, {self.samples} samples"
         )
+        if self.sub_batches is not None:
+            lines.append(
+                "of a batch, later layers get the samples that are left"
+                if self.sub_batches
+                else "a batch stops when its last sample may: later layers cannot do with a part of it"
+            )
         return "\n".join(lines)
 
 

@@ -181,6 +181,55 @@ def test_an_input_may_be_an_exit():
     torch.testing.assert_close(at_input(x)[at_input.exits == 1], plain.network(x)[at_input.exits == 1])
 
 
+class ByKeyword(MLP):
+    """Hands features on by keyword, as transformers models do, and in a tuple."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, hidden_states):
+            return self.inner(hidden_states), "more"
+
+    def __init__(self):
+        super().__init__((6, 16, 10))
+        self.layers = nn.ModuleList([self.Layer(), self.Layer()])
+
+    def forward(self, x):
+        x = self.blocks(x)
+        for layer in self.layers:
+            x, _ = layer(hidden_states=x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("tap", ["layers.1@input", "layers.0"])
+def test_features_may_be_handed_on_by_keyword_and_in_tuples(tap):
+    plain, x = ByKeyword(), noise(32, 6)
+    heads = built(plain, [tap], {tap: torch.zeros(2, 16)})
+    network = EarlyExitNetwork(plain, heads)
+    network.thresholds = medians(network, x)
+    whole = network(x)
+    assert network.can_split(x)
+    network.sub_batches = True
+    torch.testing.assert_close(network(x), whole)
+    assert set(network.exits.tolist()) == {0, 1}
+
+    class Listed(MLP):
+        def forward(self, x):
+            return self.head(self.wrap(self.blocks(x))["x"])
+
+    odd = Listed((6, 16, 10))
+    odd.wrap = Dicts()
+    with pytest.raises(TypeError, match=r"An exit needs a layer that gives a tensor, .* got \{'x'"):
+        EarlyExitNetwork(odd, built(odd, ["wrap"], {"wrap": torch.zeros(2, 16)}))(x)
+
+
+class Dicts(nn.Module):
+    def forward(self, x):
+        return {"x": x}
+
+
 @pytest.mark.parametrize("make", [mlp, conv])
 def test_what_is_saved_is_loaded(make, tmp_path):
     network = make(thresholds=[0.9, math.inf], criterion="margin", sub_batches=True)
@@ -243,6 +292,7 @@ def test_calibration_meets_its_goal_and_its_report_is_what_a_run_gives():
     assert report.shares[1] >= 0.4
     assert network.thresholds == list(report.thresholds)
     assert network.sub_batches
+    assert "of a batch, later layers get the samples that are left" in str(report)
     counted = keep != -100
     assert report.samples == counted.sum() < 290
     predicted = network(x[counted]).argmax(-1)
@@ -272,6 +322,7 @@ def test_calibration_reads_sequences_and_leaves_unlabelled_samples_out():
     assert report.samples == 6
     assert report.relative_cost <= 0.9
     assert not network.sub_batches
+    assert "a batch stops when its last sample may: later layers cannot do with a part of it" in str(report)
 
 
 def test_thresholds_out_of_reach_are_reported():
