@@ -108,6 +108,19 @@ def test_an_exit_that_only_loses_is_never_taken():
     assert "never" in str(report)
 
 
+def test_each_exit_gets_its_own_threshold():
+    """The first is always sure and always wrong; no threshold for both would let anybody leave at the second."""
+    confidences = torch.stack([torch.full((100,), 0.99), torch.linspace(0.1, 0.9, 100)], dim=1)
+    correct = torch.ones(100, 3, dtype=torch.bool)
+    correct[:, 0] = False
+    correct[:50, 1] = False
+    thresholds = choose_thresholds(confidences, correct, [1.0, 2.0, 3.0], max_drop=0.0)
+    report = exit_report(confidences, correct, [1.0, 2.0, 3.0], thresholds)
+    assert thresholds[0] == math.inf
+    assert report.accuracy == 1
+    assert report.shares[1] == pytest.approx(0.5, abs=0.01)
+
+
 def test_thresholds_carry_over_to_other_samples():
     confidences, correct, costs = some_data(4000)
     thresholds = choose_thresholds(confidences, correct, costs, max_drop=0.02)

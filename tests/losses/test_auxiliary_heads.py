@@ -62,6 +62,8 @@ def test_shared_heads_have_one_classifier_whose_gradient_is_the_sum():
     features = {"a": torch.randn(4, 7), "b": torch.randn(4, 3, 2, 2)}
     heads.build_for(step_with(features))
     assert parameters(heads) == (7 * 6 + 6) + (3 * 6 + 6) + 5 * 6 + 2 * 5
+    for head in heads.heads:
+        nn.init.normal_(head.bias)
     logits = heads.logits(step_with(features))
     shared = heads.heads[0].shared.weight
     assert shared is heads.heads[1].shared.weight
