@@ -56,7 +56,7 @@ def test_width_grows_with_the_depth_or_shrinks(golden):
         assert [head[0].out_features for head in heads.heads] == [head_width(n, 12, mode=mode) for n in (3, 9)]
 
 
-@pytest.mark.chapter("B08")
+@pytest.mark.chapter("B08", api="lightning_distill.losses.AuxiliaryHeads")
 def test_shared_heads_have_one_classifier_whose_gradient_is_the_sum():
     heads = AuxiliaryHeads(["a", "b"], "shared", hidden=6)
     features = {"a": torch.randn(4, 7), "b": torch.randn(4, 3, 2, 2)}
