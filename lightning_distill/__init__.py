@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_distill.comparison import Comparison, Experiment, compare
-    from lightning_distill.modules import KD, DistillationModule, FeatureKD
+    from lightning_distill.modules import KD, DeepSupervision, DistillationModule, FeatureKD, StochasticDepthSelfKD
     from lightning_distill.outputs import Outputs, Step
     from lightning_distill.tasks import CausalLM, Classification, Regression, SequenceClassification, Task
 
@@ -18,7 +18,7 @@ __version__ = "0.1.0.dev0"
 
 _ROOMS = {
     "lightning_distill.comparison": ("Comparison", "Experiment", "compare"),
-    "lightning_distill.modules": ("KD", "DistillationModule", "FeatureKD"),
+    "lightning_distill.modules": ("KD", "DeepSupervision", "DistillationModule", "FeatureKD", "StochasticDepthSelfKD"),
     "lightning_distill.outputs": ("Outputs", "Step"),
     "lightning_distill.tasks": ("CausalLM", "Classification", "Regression", "SequenceClassification", "Task"),
 }
@@ -29,6 +29,7 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Comparison",
+    "DeepSupervision",
     "DistillationModule",
     "Experiment",
     "FeatureKD",
@@ -36,6 +37,7 @@ __all__ = [
     "Regression",
     "SequenceClassification",
     "Step",
+    "StochasticDepthSelfKD",
     "Task",
     "compare",
 ]

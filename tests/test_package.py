@@ -17,6 +17,7 @@ ROOMS = [
     "",
     ".callbacks",
     ".comparison",
+    ".compression",
     ".datamodules",
     ".diagnostics",
     ".losses",

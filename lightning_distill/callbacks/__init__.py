@@ -6,6 +6,7 @@ if __name__ == "callbacks":
     )
 
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.head_weights import PerformanceHeadWeights
 from lightning_distill.callbacks.layer_matching import (
     DynamicLayerWeights,
     ProgressiveLayers,
@@ -21,6 +22,7 @@ __all__ = [
     "CacheWriter",
     "DynamicLayerWeights",
     "OnPolicy",
+    "PerformanceHeadWeights",
     "ProgressiveLayers",
     "RandomLayers",
     "TemperatureAnnealing",

@@ -9,6 +9,7 @@ from lightning_distill.diagnostics.bottleneck import (
     ib_layer_importance,
     ib_layer_importance_from_joint,
 )
+from lightning_distill.diagnostics.depth import GradientFlow, SubnetAgreement, gradient_flow_profile, subnet_agreement
 from lightning_distill.diagnostics.estimates import Estimate, Verdict, bootstrap_mean
 from lightning_distill.diagnostics.gradients import GradientScale, gradient_scale_curve
 from lightning_distill.diagnostics.hypotheses import SampleEfficiency, empirical_rademacher, sample_efficiency_curve
@@ -36,12 +37,14 @@ __all__ = [
     "CrossEntropyParts",
     "DarkKnowledge",
     "Estimate",
+    "GradientFlow",
     "GradientScale",
     "InformationGap",
     "LayerInformation",
     "LayerProfile",
     "NormInformation",
     "SampleEfficiency",
+    "SubnetAgreement",
     "TransferEfficiency",
     "Unit",
     "Verdict",
@@ -52,12 +55,14 @@ __all__ = [
     "dark_information_gap_from_joint",
     "dark_knowledge",
     "empirical_rademacher",
+    "gradient_flow_profile",
     "gradient_scale_curve",
     "ib_layer_importance",
     "ib_layer_importance_from_joint",
     "linear_probe_profile",
     "norm_information",
     "sample_efficiency_curve",
+    "subnet_agreement",
     "synergy",
     "transfer_efficiency",
 ]

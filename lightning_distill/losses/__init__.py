@@ -8,6 +8,7 @@ from lightning_distill.losses.attention import (
     SparseAttention,
     sparse_thresholds,
 )
+from lightning_distill.losses.auxiliary_heads import AuxiliaryHeads, auxiliary_head, head_tier, head_width
 from lightning_distill.losses.big_vocabulary import (
     FusedLoss,
     KDItems,
@@ -25,6 +26,7 @@ from lightning_distill.losses.contrastive import (
 )
 from lightning_distill.losses.cross_task import CrossTaskTargets, cross_task_kd
 from lightning_distill.losses.cross_tokenizer import UniversalLogitDistance, universal_logit_distance
+from lightning_distill.losses.deep_supervision import LayerwiseKD, OnHeads, deep_supervision_loss, layerwise_kd
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
 from lightning_distill.losses.distances import (
     CKA,
@@ -73,6 +75,13 @@ from lightning_distill.losses.regularizers import (
     decorrelation,
     lipschitz_penalty,
 )
+from lightning_distill.losses.self_features import (
+    FeatureAlignment,
+    HierarchicalSelfKD,
+    PairedLayers,
+    alignment_pairs,
+    hierarchical_pairs,
+)
 from lightning_distill.losses.soft_targets import (
     SoftTargets,
     jensen_shannon_divergence,
@@ -101,6 +110,7 @@ __all__ = [
     "AdaptiveTokenWeight",
     "AttentionMatching",
     "AttentionSelfDistillation",
+    "AuxiliaryHeads",
     "ContentPosition",
     "ContrastiveMatching",
     "Correlation",
@@ -109,12 +119,15 @@ __all__ = [
     "Decorrelation",
     "EmbeddingDistance",
     "EntropyTokenWeight",
+    "FeatureAlignment",
     "FeatureMatching",
     "FusedKD",
     "FusedLoss",
     "HierarchicalContext",
+    "HierarchicalSelfKD",
     "InfoNCE",
     "KDItems",
+    "LayerwiseKD",
     "Lazy",
     "LinearTransform",
     "LipschitzPenalty",
@@ -123,7 +136,9 @@ __all__ = [
     "LowRank",
     "MLPTransform",
     "Mixup",
+    "OnHeads",
     "PairSimilarity",
+    "PairedLayers",
     "PerturbationInfoNCE",
     "PooledSequence",
     "Procrustes",
@@ -142,21 +157,28 @@ __all__ = [
     "UniversalLogitDistance",
     "activation_sparsity",
     "adaptive_beta",
+    "alignment_pairs",
+    "auxiliary_head",
     "channels_last",
     "cross_entropy",
     "cross_task_kd",
     "decorrelation",
     "decoupled_divergence",
+    "deep_supervision_loss",
     "effective_share",
     "embedding_distance",
     "fused_linear_kd",
     "fused_linear_kd_items",
+    "head_tier",
+    "head_width",
+    "hierarchical_pairs",
     "info_nce",
     "inter_class_distance",
     "intra_class_distance",
     "is_unbuilt",
     "jensen_shannon_divergence",
     "kl_divergence",
+    "layerwise_kd",
     "lipschitz_penalty",
     "mixup",
     "non_target_divergence",

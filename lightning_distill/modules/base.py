@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +123,7 @@ class DistillationModule(L.LightningModule):
             self.teacher.tap(dict.fromkeys(name for term in terms.values() for name in term.teacher_taps))
         self._items = ItemCount()
         self._loss_log = LossLog()
-        self._evaluations: dict[int, Evaluation] = {}
+        self._evaluations: dict[tuple[int, str], Evaluation] = {}  # by loader, and name of the outputs
         self._unseen = True  # no batch was checked yet
         self._total_steps = math.inf
         self._last_flush = -1
@@ -170,6 +171,10 @@ class DistillationModule(L.LightningModule):
         """The scalar that is minimised, and the loss of each term in it."""
         losses = self.losses(step)
         return self.weighting(losses), losses
+
+    def other_outputs(self, step: Step) -> Mapping[str, Outputs]:
+        """What else said something about ``step``, by name; measured like the student, as ``val/<name>/…``."""
+        return {}
 
     def build(self, batch: Any) -> None:
         """Make the parts of the terms whose shapes a batch tells, such as projections of features.
@@ -380,20 +385,28 @@ class DistillationModule(L.LightningModule):
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> None:
         step = self.observe(batch)
-        if dataloader_idx not in self._evaluations:
-            self._evaluations[dataloader_idx] = Evaluation(self.task, step.student)
-        evaluation = self._evaluations[dataloader_idx]
+        evaluation = self._evaluation(dataloader_idx, "", step.student)
         evaluation.update(step)
         if is_unbuilt(self.terms):
             return
+        for name, outputs in self.other_outputs(step).items():
+            self._evaluation(dataloader_idx, name, outputs).update(replace(step, student=outputs))
         if step.teacher is not None or not any(map(_needs_teacher, self.terms.values())):
             losses = self.losses(step)
             evaluation.update_losses({"loss": self.weighting(losses), **losses, **self._parts()}, _count(step))
 
+    def _evaluation(self, dataloader_idx: int, name: str, outputs: Outputs) -> Evaluation:
+        key = dataloader_idx, name
+        if key not in self._evaluations:
+            self._evaluations[key] = Evaluation(self.task, outputs)
+        return self._evaluations[key]
+
     def _log_evaluations(self, stage: str) -> None:
-        for loader, evaluation in self._evaluations.items():
-            suffix = f"/loader_{loader}" if len(self._evaluations) > 1 else ""
-            values = {f"{stage}/{name}{suffix}": value for name, value in evaluation.compute().items()}
+        loaders = {loader for loader, _ in self._evaluations}
+        for (loader, outputs), evaluation in self._evaluations.items():
+            prefix = f"{stage}/{outputs}/" if outputs else f"{stage}/"
+            suffix = f"/loader_{loader}" if len(loaders) > 1 else ""
+            values = {f"{prefix}{name}{suffix}": value for name, value in evaluation.compute().items()}
             self.log_dict(values, batch_size=1, sync_dist=self.trainer.world_size > 1)  # equal on all ranks already
         self._evaluations = {}
 

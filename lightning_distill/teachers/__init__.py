@@ -8,6 +8,7 @@ from lightning_distill.teachers.frozen import FrozenTeacher, FunctionTeacher
 from lightning_distill.teachers.other_tokenizer import OtherTokenizerTeacher
 from lightning_distill.teachers.prompts import PromptEnsemble, prepend_tokens, prompt_ensemble
 from lightning_distill.teachers.teacher import Teacher
+from lightning_distill.teachers.whole_network import WholeNetworkTeacher
 
 __all__ = [
     "AdapterOffTeacher",
@@ -18,6 +19,7 @@ __all__ = [
     "PromptEnsemble",
     "Teacher",
     "TeacherLike",
+    "WholeNetworkTeacher",
     "build_teacher",
     "data_fingerprint",
     "fingerprint",
