@@ -6,12 +6,20 @@ if __name__ == "callbacks":
     )
 
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.difficulty import TaskDifficulty
+from lightning_distill.callbacks.gradient_alignment import GradientAlignment
+from lightning_distill.callbacks.gradient_variance import GradientVarianceTemperature
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
+from lightning_distill.callbacks.selection import LogSelection
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 
 __all__ = [
     "CacheWriter",
+    "GradientAlignment",
+    "GradientVarianceTemperature",
+    "LogSelection",
     "OnPolicy",
+    "TaskDifficulty",
     "TemperatureAnnealing",
     "generated_batch",
 ]
