@@ -7,6 +7,7 @@ would depend on how they happen to be split over micro-batches and processes.)
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -30,6 +31,9 @@ Source = Literal["student", "teacher"]
 Keep = Literal["above", "below"]
 MOST_CLASSES = 10_000
 """Of more classes than this, as vocabularies have, the report does not count each."""
+
+
+_NUMBERS = itertools.count()  # an id() may come up again
 
 
 class Selection(StatefulRule):
@@ -62,6 +66,7 @@ class Selection(StatefulRule):
         self.keep = keep
         self.weight = float(weight)
         self.counts: Tensor | None = None
+        self._key = f"selection {next(_NUMBERS)}"
         self._pending: Tensor | None = None
 
     def bound(self, entropy: Tensor, step: Step) -> Tensor | float:
@@ -102,10 +107,6 @@ class Selection(StatefulRule):
     def reset(self) -> None:
         """Begin to count anew."""
         self.counts = None
-
-    @property
-    def _key(self) -> str:
-        return f"selection {id(self)}"
 
     def _all_at_first(self, bound: Tensor, counted: Tensor) -> Tensor:
         """``bound``, or, as long as nothing is ``counted``, one that chooses every item."""

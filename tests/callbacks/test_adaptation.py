@@ -20,7 +20,7 @@ from lightning_distill.callbacks import GradientAlignment, GradientVarianceTempe
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.difficulty import alignment_factor, gradient_cosine, task_difficulty
 from lightning_distill.losses import SoftTargets
-from lightning_distill.selection import SelectByEntropy, SelectByRunningPercentile
+from lightning_distill.selection import SelectByPercentile, SelectByRunningPercentile
 from lightning_distill.temperature import gradient_variance_temperature
 from lightning_distill.weighting import MultiTaskWeights
 from tests.callbacks.adaptation_run import CASES, network, run
@@ -369,11 +369,13 @@ def test_bad_arguments_are_refused(make, message):
 
 def test_selection_works_without_labels(make_trainer):
     x = torch.randn(16, 4)
-    module = KD(network(8, 1), network(16, 2), item_weights={"*": SelectByEntropy(0.2, source="teacher", keep="below")})
+    module = KD(
+        network(8, 1), network(16, 2), item_weights={"*": SelectByPercentile(75.0, source="teacher", keep="below")}
+    )
     trainer = make_trainer(callbacks=[LogSelection()], max_steps=2)
     trainer.fit(module, DataLoader(TensorDataset(x, torch.full((16,), -100)), batch_size=8))
     assert trainer.global_step == 2
     report = trainer.callbacks[0].reports["all"]
     assert report.n == 16
-    assert 0 < report.fraction <= 1
+    assert report.fraction == 0.75
     assert math.isnan(report.balance)
