@@ -33,8 +33,8 @@ def bilevel_search(
     r"""Find :math:`\arg\min_\lambda L_{val}(\theta^*(\lambda))`, where :math:`\theta^*` minimises the training loss.
 
     Each trial trains to convergence, takes the gradient by the implicit function theorem, and makes a step of Adam in
-    the logarithm of the weights, which keeps them positive. The validation data must not be the training data: on those,
-    the weights that fit best win.
+    the logarithm of the weights, which keeps them positive. The validation data must not be the training data: on
+    those, the weights that fit best win.
 
     Args:
         train: Trains with the given weights and returns the parameters it found; it may start where it stopped.
