@@ -62,7 +62,7 @@ def plot_history(search: Search) -> Figure | None:
             axes.axvline(trial.number, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
         axes.set_ylabel(label(metric))
         _tidy(axes)
-    panels[0].legend(frameon=False, fontsize=8.5)
+    panels[0].legend(frameon=False, fontsize=8.5, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     panels[-1].set_xlabel("trial")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     _head(figure, search, "validation metric after the last epoch · dotted: failed")
@@ -116,9 +116,10 @@ def plot_front(search: Search) -> Figure | None:
     )
     for x, y, trial in front:
         axes.annotate(str(trial), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=BLUE)
-    axes.set_xlabel(f"{label(first)} ({search.modes[0]})")
-    axes.set_ylabel(f"{label(second)} ({search.modes[1]})")
-    axes.legend(frameon=False, fontsize=8.5)
+    directions = [("more" if mode == "max" else "less") + " is better" for mode in search.modes]
+    axes.set_xlabel(f"{label(first)}, {directions[0]}")
+    axes.set_ylabel(f"{label(second)}, {directions[1]}")
+    axes.legend(frameon=False, fontsize=8.5, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     _tidy(axes)
     _head(figure, search, "numbers: trials")
     return figure
@@ -138,7 +139,7 @@ def _set_axis(axes: Axes, values: list[Any]) -> None:
         order = sorted({shown(value) for value in values})
         axes.set_xticks(range(len(order)), [textwrap.shorten(text, 16, placeholder="…") for text in order])
         axes.margins(x=0.25)
-    elif min(values) > 0 and max(values) / min(values) > 20:
+    elif min(values) > 0 and max(values) / min(values) > 10:
         axes.set_xscale("log")
 
 

@@ -109,10 +109,10 @@ class Search:
         table = Table(title=self.title or None, caption=self._caption(), caption_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("trial", justify="right")
         for metric in self.metrics:
-            table.add_column(label(metric), justify="right")
+            table.add_column(label(metric), justify="right", overflow="fold")
         names = list(self.trials[0].settings) if self.trials else []
         for short in short_names(names).values():
-            table.add_column(short, justify="right")
+            table.add_column(short, justify="right", overflow="fold")
         table.add_column("seeds", justify="right")
         table.add_column("time", justify="right")
         front = {trial.number for trial in self.front} if len(self.metrics) > 1 else set()

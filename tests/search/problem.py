@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_distill.comparison import Experiment
 from lightning_distill.search import search
 
+STABLE = {"lr": {"low": 0.01, "high": 0.3, "log": True}, "momentum": {"low": 0.0, "high": 0.5}}
 SPACE = {"lr": {"low": 0.01, "high": 10.0, "log": True}, "momentum": {"low": 0.0, "high": 0.9}}
 
 
@@ -108,7 +109,7 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     search(
         counted,
-        SPACE,
+        STABLE,
         folder=folder / "search",
         metric="val/loss",
         mode="min",
