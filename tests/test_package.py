@@ -21,8 +21,11 @@ ROOMS = [
     ".diagnostics",
     ".losses",
     ".modules",
+    ".search",
+    ".selection",
     ".teachers",
     ".weighting",
+    ".weighting.search",
 ]
 
 

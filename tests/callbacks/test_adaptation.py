@@ -214,6 +214,17 @@ def test_a_given_accuracy_spares_the_teacher_and_knobs_can_be_left_alone(make_tr
     assert module.temperature == pytest.approx(4 * (1 + callback.difficulty))
 
 
+def test_a_module_that_was_turned_already_is_turned_from_where_it_began(make_trainer, tmp_path):
+    module, trainer = small_fit(make_trainer, TaskDifficulty(teacher_accuracy=1.0), max_epochs=1, max_steps=-1)
+    trainer.save_checkpoint(tmp_path / "turned.ckpt")
+    assert module.temperature > 4.0
+    callback = TaskDifficulty(teacher_accuracy=1.0)
+    again = make_trainer(callbacks=[callback], max_epochs=2)
+    x, y = torch.randn(48, 4), torch.randint(0, 3, (48,))
+    again.fit(module, datamodule=TensorDataModule((x, y), (x, y), batch_size=8), ckpt_path=tmp_path / "turned.ckpt")
+    assert module.temperature == pytest.approx(4.0 * (1 + callback.difficulty))
+
+
 def test_difficulty_from_a_term_is_the_root_of_its_running_mean(make_trainer):
     class Losses(L.Callback):
         def __init__(self):

@@ -210,6 +210,16 @@ def test_running_percentile_takes_the_share_that_was_asked_for():
     assert np.mean(fractions[1:]) == pytest.approx(0.2, abs=0.02)
 
 
+@pytest.mark.parametrize("make", STATEFUL, ids=IDS[2:])
+def test_older_steps_count_less_and_less(make):
+    rule = make(momentum=0.5)
+    for step in random_steps(3, items=40):
+        rule(step)
+        rule.end_step(None)
+    counts = rule.sums[:1] if isinstance(rule, SelectByVariance) else rule.histogram
+    assert counts.sum().item() == pytest.approx(40 * (1 + 0.5 + 0.25))
+
+
 def test_running_percentile_forgets():
     rule = SelectByRunningPercentile(50.0, momentum=0.5)
     sure, unsure = 20 * torch.eye(3), 0.1 * torch.eye(3)
