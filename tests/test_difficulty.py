@@ -130,6 +130,7 @@ def test_multi_task_loss_matches_golden_and_is_linear_in_the_weights(golden):
 
 def test_multi_task_weights_say_what_they_do():
     weighting = MultiTaskWeights({"a": 0.5, "b": 2.0}, {"b": 0.25})
+    assert weighting.weights() == {"a/hard": 0.5, "a/soft": 0.5, "b/hard": 2.0, "b/soft": 0.5}
     losses = {name: torch.tensor(float(i)) for i, name in enumerate(weighting.weights(), 1)}
     expected = sum(weight * losses[name] for name, weight in weighting.weights().items())
     assert weighting(losses).item() == pytest.approx(float(expected)) == 0.5 + 1.0 + 6.0 + 2.0

@@ -79,17 +79,22 @@ def take_trial(
         start: The settings of the first trial; proposed, like the others, by default.
     """
     with search_lock(folder):
-        known = len(study.get_trials(deepcopy=False))
         abandoned = _abandoned(study, folder)
-        if abandoned is None and known >= trials:
-            return None
-        number, lock = (known, _lock(folder, known)) if abandoned is None else abandoned
-        if abandoned is None:
-            lock.acquire(timeout=0)
-        study.sampler = make_sampler(sampler, seed, number)
-        if abandoned is None and number == 0 and start is not None:
-            study.enqueue_trial(dict(start))
-        trial = study.ask() if abandoned is None else _take_up(study, folder, number)
+        if abandoned is not None:
+            number, lock = abandoned
+            study.sampler = make_sampler(sampler, seed, number)
+            trial = _take_up(study, folder, number)
+        else:
+            if start is not None and not study.get_trials(deepcopy=False):
+                study.enqueue_trial(dict(start))
+            waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            number = waiting[0].number if waiting else len(study.get_trials(deepcopy=False))
+            if number >= trials:
+                return None
+            lock = _lock(folder, number)
+            lock.acquire(timeout=0)  # before the trial is there for others to see
+            study.sampler = make_sampler(sampler, seed, number)
+            trial = study.ask()
         for parameter in space:  # with the lock: a proposal is complete, or its process has died
             _suggest(trial, parameter)
         return trial, lock
