@@ -33,7 +33,8 @@ def commands():
 
 def shortened(configuration):
     """The same configuration, but a few batches long."""
-    parts = [configuration, configuration.get("common", {}), *configuration.get("reference", {}).values()]
+    shared = [configuration.get(key, {}) for key in ("common", "base")]
+    parts = [configuration, *shared, *configuration.get("reference", {}).values()]
     for part in [*parts, *configuration.get("methods", {}).values()]:
         if "trainer" in part:
             part["trainer"].pop("max_steps", None)
@@ -41,6 +42,8 @@ def shortened(configuration):
             part["trainer"].setdefault("enable_progress_bar", False)
     if "methods" in configuration:
         configuration["seeds"] = 2
+    if "space" in configuration:
+        configuration["base"]["trainer"]["check_val_every_n_epoch"] = 1
     return configuration
 
 
@@ -94,14 +97,21 @@ def test_every_printed_command_of_ours_runs(examples):
         main(line)
     assert (examples / "runs" / "teacher" / "teacher.ckpt").exists()
     assert (examples / "runs" / "kd" / "last.ckpt").exists()
+    searches = [line for line in ours if line[0] == "search"]
+    assert searches
+    for line in searches:
+        main([*line, "--trials", "2"])
+        folder = Path(yaml.safe_load(Path(line[2]).read_text())["folder"])
+        assert len((folder / "results.csv").read_text().splitlines()) == 3
+        assert (folder / "history.png").exists()
     for line in ours:
         if line[0] == "compare" and not missing_package(line):
-            main([*line, "--wandb", "off"])
+            main([*line, "--seeds", "2", "--wandb", "off"])
             folder = yaml.safe_load(Path(line[2]).read_text())["folder"]
             comparison = Comparison.load(folder)
             assert len(comparison.runs) == 2 * len(comparison.methods)
             assert {path.name for path in Path(folder).glob("*.png")} >= {"results.png", "gain.png"}
-    known = {"fit", "compare", "cache"}
+    known = {"fit", "compare", "cache", "search"}
     assert {line[0] for line in ours} <= known
 
 

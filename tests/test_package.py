@@ -22,8 +22,11 @@ ROOMS = [
     ".diagnostics",
     ".losses",
     ".modules",
+    ".search",
+    ".selection",
     ".teachers",
     ".weighting",
+    ".weighting.search",
 ]
 
 

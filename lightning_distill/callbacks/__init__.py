@@ -6,6 +6,9 @@ if __name__ == "callbacks":
     )
 
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.difficulty import TaskDifficulty
+from lightning_distill.callbacks.gradient_alignment import GradientAlignment
+from lightning_distill.callbacks.gradient_variance import GradientVarianceTemperature
 from lightning_distill.callbacks.head_weights import PerformanceHeadWeights
 from lightning_distill.callbacks.layer_matching import (
     DynamicLayerWeights,
@@ -16,15 +19,20 @@ from lightning_distill.callbacks.layer_matching import (
     update_layer_weights,
 )
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
+from lightning_distill.callbacks.selection import LogSelection
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 
 __all__ = [
     "CacheWriter",
     "DynamicLayerWeights",
+    "GradientAlignment",
+    "GradientVarianceTemperature",
+    "LogSelection",
     "OnPolicy",
     "PerformanceHeadWeights",
     "ProgressiveLayers",
     "RandomLayers",
+    "TaskDifficulty",
     "TemperatureAnnealing",
     "generated_batch",
     "progressive_layers",

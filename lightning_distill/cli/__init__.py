@@ -1,4 +1,4 @@
-"""The command line: ``lightning-distill fit | validate | test | predict | cache | compare``."""
+"""The command line: ``lightning-distill fit | validate | test | predict | cache | compare | search``."""
 
 from lightning_distill.cli.main import main
 

@@ -75,11 +75,11 @@ def compare_configured(
     Raises:
         ValueError: If a method's configuration is not valid; the message names the method.
     """
-    described = {name: _merged(common or {}, method) for name, method in methods.items()}
-    references = {name: _merged(common or {}, method) for name, method in (reference or {}).items()}
+    described = {name: merged(common or {}, method) for name, method in methods.items()}
+    references = {name: merged(common or {}, method) for name, method in (reference or {}).items()}
     parser = experiment_parser()
     for name, configuration in (described | references).items():
-        _parse(parser, name, _filled(configuration, seed=0, folder=folder))  # before the first hour is spent
+        parse_method(parser, name, filled(configuration, seed=0, folder=folder))  # before the first hour is spent
     return compare(
         {name: ConfiguredMethod(name, configuration, folder) for name, configuration in described.items()},
         reference={name: ConfiguredMethod(name, configuration, folder) for name, configuration in references.items()},
@@ -111,10 +111,10 @@ class ConfiguredMethod:
 
     def __call__(self, seed: int) -> Experiment:
         """Build module, data module and the Trainer's arguments for ``seed``."""
-        filled = _filled(self.configuration, seed=seed, folder=self.folder)
+        chosen = filled(self.configuration, seed=seed, folder=self.folder)
         parser = experiment_parser()
-        built = parser.instantiate_classes(_parse(parser, self.name, filled))
-        given = filled.get("trainer", {})
+        built = parser.instantiate_classes(parse_method(parser, self.name, chosen))
+        given = chosen.get("trainer", {})
         return Experiment(
             module=built.model,
             datamodule=built.get("data"),
@@ -131,7 +131,12 @@ def experiment_parser() -> LightningArgumentParser:
     return parser
 
 
-def _parse(parser: LightningArgumentParser, name: str, configuration: Mapping[str, Any]) -> Namespace:
+def parse_method(parser: LightningArgumentParser, name: str, configuration: Mapping[str, Any]) -> Namespace:
+    """``configuration`` as ``parser`` understands it.
+
+    Raises:
+        ValueError: If it is not valid; the message says that it is the method ``name``.
+    """
     if unknown := [key for key in configuration if key not in PARTS]:
         raise ValueError(f"The method {name!r} has the keys {unknown}; expected {', '.join(PARTS)}.")
     try:
@@ -141,21 +146,21 @@ def _parse(parser: LightningArgumentParser, name: str, configuration: Mapping[st
     return parsed
 
 
-def _merged(base: Any, change: Any) -> Any:
+def merged(base: Any, change: Any) -> Any:
     """``base`` with ``change`` merged in, mapping by mapping; another class takes none of the old one's arguments."""
     if not isinstance(base, Mapping) or not isinstance(change, Mapping):
         return change
     if "class_path" in change and change["class_path"] != base.get("class_path"):
         return dict(change)
-    return {**base, **{key: _merged(base[key], value) if key in base else value for key, value in change.items()}}
+    return {**base, **{key: merged(base[key], value) if key in base else value for key, value in change.items()}}
 
 
-def _filled(value: Any, *, seed: int, folder: str) -> Any:
+def filled(value: Any, *, seed: int, folder: str) -> Any:
     """``value`` with the placeholders in its texts replaced; a text that is ``{seed}`` alone becomes a number."""
     if isinstance(value, Mapping):
-        return {key: _filled(item, seed=seed, folder=folder) for key, item in value.items()}
+        return {key: filled(item, seed=seed, folder=folder) for key, item in value.items()}
     if isinstance(value, list):
-        return [_filled(item, seed=seed, folder=folder) for item in value]
+        return [filled(item, seed=seed, folder=folder) for item in value]
     if not isinstance(value, str):
         return value
     return seed if value == "{seed}" else value.replace("{seed}", str(seed)).replace("{folder}", folder)

@@ -81,15 +81,15 @@ def run(
     with quiet_lightning():
         L.seed_everything(seed, workers=True, verbose=False)
         experiment = method(seed)
-        _check_experiment(experiment, name=name, seed=seed, seen=seen)
+        check_experiment(experiment, name=name, seed=seed, seen=seen)
         last = LastCheckpoint(folder / CHECKPOINT)
-        trainer = _make_trainer(experiment, name=name, folder=folder, callbacks=[last, ReportFraction(report)])
+        trainer = make_trainer(experiment, name=name, folder=folder, callbacks=[last, ReportFraction(report)])
         logger = start_logger()
         trainer.loggers = [] if logger is None else [logger]
         resume = last.path if last.path.exists() else None
-        with _raise_keyboard_interrupt(trainer):
+        with raise_keyboard_interrupt(trainer):
             trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=resume)
-        with _raise_keyboard_interrupt(trainer):
+        with raise_keyboard_interrupt(trainer):
             tested = trainer.test(experiment.module, datamodule=experiment.datamodule, verbose=False)
     seconds, cpu_seconds = last.times
     result = {
@@ -127,8 +127,11 @@ def run_history(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-def _check_experiment(experiment: Any, *, name: str, seed: int, seen: MutableSet[Any]) -> None:
-    """A module, a trained part of it or a callback that comes from an earlier run would carry its training over."""
+def check_experiment(experiment: Any, *, name: str, seed: int, seen: MutableSet[Any]) -> None:
+    """Refuse what is no experiment, and parts of earlier runs.
+
+    A module, a trained part of it or a callback that comes from an earlier run would carry its training over.
+    """
     if not isinstance(experiment, Experiment):
         raise TypeError(
             f"The method {name!r} must return an `Experiment(module, datamodule, trainer)`, got "
@@ -161,7 +164,12 @@ def _callbacks(experiment: Experiment) -> list[L.Callback]:
     return [callbacks] if isinstance(callbacks, L.Callback) else list(callbacks)
 
 
-def _make_trainer(experiment: Experiment, *, name: str, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def make_trainer(experiment: Experiment, *, name: str, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    """The experiment's Trainer, with ``callbacks`` added and one device.
+
+    Raises:
+        ValueError: If the experiment asks for more than one device.
+    """
     defaults = {"enable_progress_bar": False, "enable_model_summary": False}
     arguments: dict[str, Any] = {**defaults, **experiment.trainer, "callbacks": [*_callbacks(experiment), *callbacks]}
     trainer = L.Trainer(**arguments, logger=False, default_root_dir=folder)
@@ -175,7 +183,7 @@ def _make_trainer(experiment: Experiment, *, name: str, folder: Path, callbacks:
 
 
 @contextlib.contextmanager
-def _raise_keyboard_interrupt(trainer: L.Trainer) -> Iterator[None]:
+def raise_keyboard_interrupt(trainer: L.Trainer) -> Iterator[None]:
     """Undo what Lightning makes of Ctrl-C: a ``SystemExit``, or, in some versions, a plain return."""
     try:
         yield

@@ -26,6 +26,7 @@ from lightning_distill.modules.item_count import Count, ItemCount
 from lightning_distill.modules.loss_log import LossLog
 from lightning_distill.modules.random_state import random_states_of_all_ranks, set_random_state
 from lightning_distill.outputs import Outputs, Step, StepRule
+from lightning_distill.rules import StatefulRule
 from lightning_distill.taps import Taps
 from lightning_distill.tasks import Classification, Task
 from lightning_distill.teachers.build import TeacherLike, build_teacher
@@ -36,6 +37,7 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 Temperature = float | StepRule
 ItemWeights = Mapping[str, StepRule]
 EVERY_TERM = "*"
+_RULES = ("item_rules.", "temperature.")
 
 
 class DistillationModule(L.LightningModule):
@@ -46,7 +48,8 @@ class DistillationModule(L.LightningModule):
     items are split over micro-batches (``accumulate_grad_batches``) and processes.
 
     Callbacks turn the knobs that are public attributes, read anew in every step: ``temperature``, ``weighting``,
-    ``item_weights``, ``teacher``, ``terms``, ``batch_transform``.
+    ``item_weights``, ``teacher``, ``terms``, ``batch_transform``. Between the training step and the end of its backward
+    pass ``live_losses`` holds the loss of each term with its graph, for callbacks that look at gradients.
 
     Logs, every ``log_every_n_steps`` of the Trainer, the means since the last entry: ``train/loss``, ``train/<term>``
     and ``train_weighted/<term>``; per validation or test epoch the task's metrics, ``agreement`` and ``fidelity`` with
@@ -66,7 +69,8 @@ class DistillationModule(L.LightningModule):
         lr_scheduler: Builds the scheduler from the optimizer. Default: none.
         lr_interval: Whether the scheduler steps every ``"epoch"`` or every ``"step"``.
         batch_transform: Changes each training batch before student and teacher both see it (mixup).
-        item_weights: Functions of the step that weigh the items, by term name or ``"*"`` for every term.
+        item_weights: Functions of the step that weigh the items, by term name or ``"*"`` for every term. A
+            :class:`~lightning_distill.rules.StatefulRule`, here or as ``temperature``, is kept in the checkpoint.
 
     Raises:
         ValueError: If an argument has a bad value: no terms, a weight for a term that is not there, a term without a
@@ -106,6 +110,9 @@ class DistillationModule(L.LightningModule):
         self.temperature = _checked_temperature(temperature)
         self.batch_transform = batch_transform
         self.item_weights = _checked_item_weights(item_weights or {}, terms)
+        stateful = {name: rule for name, rule in self.item_weights.items() if isinstance(rule, StatefulRule)}
+        self.item_rules = nn.ModuleDict(stateful)  # for the checkpoint and the device
+        self.live_losses: dict[str, Tensor] | None = None
         for name, factory in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
             if factory is not None and not callable(factory):
                 raise TypeError(
@@ -202,11 +209,19 @@ class DistillationModule(L.LightningModule):
             batch = self.batch_transform(batch)
         step = self.observe(batch)
         total, losses = self.loss(step)
+        self.live_losses = losses
         self._loss_log.add(losses | self._parts(), total)
         return self._items.scale(total, _count(step), over_ranks=self._over_ranks)
 
+    def on_after_backward(self) -> None:
+        """Let go of the graph."""
+        self.live_losses = None
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Make the accumulated gradient that of the mean over all items of the step."""
+        """Make the accumulated gradient that of the mean over all items of the step; tell the rules that it is over."""
+        for rule in {id(rule): rule for rule in (self.temperature, *self.item_weights.values())}.values():
+            if isinstance(rule, StatefulRule):
+                rule.end_step(self._over_ranks)
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         self._items.correct(parameters, self.trainer.accumulate_grad_batches, over_ranks=self._over_ranks)
 
@@ -299,6 +314,9 @@ class DistillationModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random numbers' state until the training starts; put the student's own base under an adapter."""
         self._random_states = checkpoint.get("random_states")
+        own, stored = self.state_dict(), checkpoint["state_dict"]
+        for key in [key for key in stored if key.startswith(_RULES) and key not in own]:
+            del stored[key]  # a module for inference needs no rules
         put_base_back(checkpoint, self.student)
 
     def export(self, path: str | Path | None = None, *, overwrite: bool = False) -> nn.Module:
