@@ -28,7 +28,7 @@ from lightning_distill.outputs import Outputs, Step, StepRule
 from lightning_distill.taps import Taps
 from lightning_distill.tasks import Classification, Task
 from lightning_distill.teachers.build import TeacherLike, build_teacher
-from lightning_distill.weighting import FixedWeights, Weighting
+from lightning_distill.weighting import FixedWeights, Live, Weighting
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -45,11 +45,13 @@ class DistillationModule(L.LightningModule):
     items are split over micro-batches (``accumulate_grad_batches``) and processes.
 
     Callbacks turn the knobs that are public attributes, read anew in every step: ``temperature``, ``weighting``,
-    ``item_weights``, ``teacher``, ``terms``, ``batch_transform``.
+    ``item_weights``, ``teacher``, ``terms``, ``batch_transform``. Those that look at gradients find the losses of the
+    batch in training, with their graph, in ``live`` (:class:`~lightning_distill.weighting.Live`): set by
+    ``training_step``, ``None`` again after the backward.
 
     Logs, every ``log_every_n_steps`` of the Trainer, the means since the last entry: ``train/loss``, ``train/<term>``
-    and ``train_weighted/<term>``; per validation or test epoch the task's metrics, ``agreement`` and ``fidelity`` with
-    the teacher, and the losses, as ``val/…`` and ``test/…``.
+    and ``train_weighted/<term>``, and the present ``train_weight/<term>``; per validation or test epoch the task's
+    metrics, ``agreement`` and ``fidelity`` with the teacher, and the losses, as ``val/…`` and ``test/…``.
 
     Args:
         student: The network that is trained, or a Hugging Face name or path.
@@ -102,6 +104,8 @@ class DistillationModule(L.LightningModule):
         self.teacher = build_teacher(teacher, self.task)
         self.terms = nn.ModuleDict(_checked_terms(terms))
         self.weighting = _build_weighting(weights, terms)
+        self.weighting.bind(list(terms), self.student)
+        self.live: Live | None = None
         self.temperature = _checked_temperature(temperature)
         self.batch_transform = batch_transform
         self.item_weights = _checked_item_weights(item_weights or {}, terms)
@@ -117,7 +121,7 @@ class DistillationModule(L.LightningModule):
         self.scheduler_factory = lr_scheduler
         self.lr_interval = lr_interval
 
-        self._taps = Taps(self.student, (name for term in terms.values() for name in term.student_taps))
+        self._taps = Taps(self.student, self._tapped())
         if self.teacher is not None:
             self.teacher.tap(dict.fromkeys(name for term in terms.values() for name in term.teacher_taps))
         self._items = ItemCount()
@@ -190,10 +194,28 @@ class DistillationModule(L.LightningModule):
         if self.batch_transform is not None:
             batch = self.batch_transform(batch)
         step = self.observe(batch)
-        losses = self.losses(step)
+        losses, items, over_ranks = self.losses(step), _count(step), self._over_ranks
+        self.live = Live(losses, items, over_ranks, self._scaler)
+        self.weighting.look(step, self.live)
         total: Tensor = self.weighting(losses)
         self._loss_log.add({**losses, **self._parts()}, total)
-        return self._items.scale(total, _count(step), over_ranks=self._over_ranks)
+        return self._items.scale(total, items, over_ranks=over_ranks)
+
+    def on_after_backward(self) -> None:
+        """Let go of the graph."""
+        self.live = None
+
+    def use_weighting(self, weighting: Weighting) -> None:
+        """Combine the terms by ``weighting`` from now on. In a training this must come before the optimizer is built.
+
+        Raises:
+            ValueError: If it does not fit the terms, or reads an activation that the student does not have.
+        """
+        weighting.bind(list(self.terms), self.student)
+        self.weighting = weighting
+        if set(weighting.student_taps) - set(self._taps.names):
+            self._taps.remove()
+            self._taps = Taps(self.student, self._tapped())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the accumulated gradient that of the mean over all items of the step."""
@@ -218,6 +240,7 @@ class DistillationModule(L.LightningModule):
                 f"`teacher` is None, but the loss terms {needy} compare the student with one. Pass `teacher=...`, or "
                 "train on labels alone (for `KD`: `alpha=1.0`)."
             )
+        _refuse_untrained(self.weighting, self.trainer.optimizers)
         if self._random_states is not None:  # before the loader's iterator draws the order of the epoch
             if len(self._random_states) == self.trainer.world_size:
                 set_random_state(self._random_states[self.trainer.global_rank])
@@ -272,7 +295,8 @@ class DistillationModule(L.LightningModule):
             raise ValueError("The student has no trainable parameter: `requires_grad` is False for all of them.")
         groups: list[dict[str, Any]] = [{"params": trained}]
         if learned := list(self.weighting.parameters()):
-            groups.append({"params": learned, "weight_decay": 0.0})
+            own_rate = self.weighting.learning_rate
+            groups.append({"params": learned, "weight_decay": 0.0} | ({} if own_rate is None else {"lr": own_rate}))
         optimizer = self.optimizer_factory(groups)
         if self.scheduler_factory is None:
             return optimizer
@@ -290,6 +314,8 @@ class DistillationModule(L.LightningModule):
         """Keep the random numbers' state until the training starts; put the student's own base under an adapter."""
         self._random_states = checkpoint.get("random_states")
         put_base_back(checkpoint, self.student)
+        resumes = self._attached is not None and self.trainer.state.fn == "fit"
+        _leave_weighting_out(checkpoint["state_dict"], self.state_dict().keys(), resumes=resumes)
 
     def export(self, path: str | Path | None = None, *, overwrite: bool = False) -> nn.Module:
         """The student alone: its own class, in eval mode, on the CPU, with no trace of the distillation.
@@ -356,6 +382,17 @@ class DistillationModule(L.LightningModule):
         mean = self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean")
         assert isinstance(mean, Tensor)
         return mean
+
+    @property
+    def _scaler(self) -> Any:
+        """The gradient scaler of mixed precision, if there is one."""
+        trainer = self._attached
+        return None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+
+    def _tapped(self) -> list[str]:
+        """Names of the student's activations that terms and weighting read."""
+        readers = (*self.terms.values(), self.weighting)
+        return [name for reader in readers for name in getattr(reader, "student_taps", ())]
 
     def _weights_of(self, term: str, step: Step) -> Tensor | None:
         weights = None
@@ -437,11 +474,29 @@ def _build_weighting(weights: Mapping[str, float] | Weighting | None, terms: Map
         return weights
     if weights is None:
         return FixedWeights(dict.fromkeys(terms, 1.0))
-    if unknown := [name for name in weights if name not in terms]:
-        raise ValueError(f"`weights` names {unknown}, which are no terms; there are {list(terms)}.")
-    if missing := [name for name in terms if name not in weights]:
-        raise ValueError(f"`weights` has no weight for {missing}; give each term one: {dict.fromkeys(terms, 1.0)}.")
     return FixedWeights(weights)
+
+
+def _refuse_untrained(weighting: Weighting, optimizers: Iterable[Optimizer]) -> None:
+    """Somebody's own ``configure_optimizers`` may have forgotten the weighting."""
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    if any(p.requires_grad and id(p) not in trained for p in weighting.parameters()):
+        raise ValueError(
+            f"The parameters of {type(weighting).__name__} are in no optimizer. Add a group in `configure_optimizers`, "
+            "before the scheduler is built: {'params': self.weighting.parameters(), 'weight_decay': 0.0}."
+        )
+
+
+def _leave_weighting_out(state: dict[str, Any], known: Iterable[str], *, resumes: bool) -> None:
+    """Load a checkpoint without the callback that installed its weighting; to go on training, it is needed."""
+    left = [key for key in state if key.startswith("weighting.") and key not in set(known)]
+    if left and resumes:
+        raise ValueError(
+            f"The checkpoint holds the state of a weighting, {left}, that this module does not have. Add the callback "
+            "that the run began with (`UncertaintyWeighting()`, say), or pass the weighting: `weights=...`."
+        )
+    for key in left:
+        del state[key]
 
 
 def _checked_temperature(temperature: Temperature) -> Temperature:
