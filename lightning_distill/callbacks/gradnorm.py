@@ -22,8 +22,8 @@ class GradNorm(L.Callback):
     Every ``every_n_steps`` optimizer steps it measures, in one layer that the terms share, the norm of each term's
     gradient over the whole step (all micro-batches and processes), and moves the weights by the step of Chen et al.
     (2018, https://arxiv.org/abs/1711.02257): :func:`~lightning_distill.weighting.gradnorm_step`, with norms in units of
-    their mean, so that the scale of the losses does not matter. Without ``lr`` it goes at once to where that step
-    rests: :func:`~lightning_distill.weighting.gradnorm_weights`. The weights start as the module's constant weights,
+    their mean, so that the scale of the losses does not matter. Without ``lr`` it goes at once to the balance,
+    :func:`~lightning_distill.weighting.gradnorm_weights`. The weights start as the module's constant weights,
     and their sum stays what it was: with ``alpha=0.5`` of ``KD``, 1. New weights count from the next step on.
 
     They are equal on all processes, do not depend on how a step is split, and continue where they were after a resume:

@@ -58,7 +58,10 @@ def gradnorm_step(
 
 
 def gradnorm_weights(grad_norms: Tensor, rates: Tensor, *, alpha: float = 1.5, total: float | None = None) -> Tensor:
-    r"""The weights at which :func:`gradnorm_step` rests: :math:`w_i \propto r_i^\alpha / g_i`.
+    r"""The weights at which the norms are in proportion to the targets: :math:`w_i \propto r_i^\alpha / g_i`.
+
+    It is where :func:`gradnorm_step` comes to rest for an ``alpha`` of 0 or 1, and near it otherwise, since the targets
+    of the paper then do not add up to the norms.
 
     Args:
         grad_norms: Positive, shape ``(T,)``.
