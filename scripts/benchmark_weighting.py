@@ -137,7 +137,7 @@ def points() -> list[Any]:
 
 
 MAIN = tuple(name for name in VARIANTS if name.split(",")[0].split()[0] not in ("CAGrad", "WeightReport"))
-FEW = ("constant weights", "constant weights again (noise floor)", "GradNorm, every 10 steps", "MGDA in a representation")
+FEW = (*list(VARIANTS)[:2], "GradNorm, every 10 steps", "MGDA in a representation")
 WORKS = {
     "transformer, features of the last of 4 layers": Work(partial(transformer_module, 4), texts, 10, 30, MAIN),
     "transformer, features of the second of 4 layers": Work(partial(transformer_module, 2), texts, 10, 30, FEW),

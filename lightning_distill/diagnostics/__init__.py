@@ -1,8 +1,18 @@
 """Theory of distillation, measured: functions that return a value, an interval and a number of observations.
 
-Everything is computed on the CPU in float64, without gradients. Entropies and informations are in nats unless said.
+Everything is computed on the CPU in float64, without gradients, except what runs a network. Entropies and informations
+are in nats unless said.
 """
 
+from lightning_distill.diagnostics.conditioning import (
+    Conditioning,
+    compare_conditioning,
+    condition_number,
+    ggn_spectrum,
+    hessian,
+    hessian_spectrum,
+    lanczos,
+)
 from lightning_distill.diagnostics.estimates import Estimate, Verdict, bootstrap_mean
 from lightning_distill.diagnostics.gradients import GradientScale, gradient_scale_curve
 from lightning_distill.diagnostics.hypotheses import SampleEfficiency, empirical_rademacher, sample_efficiency_curve
@@ -23,6 +33,7 @@ from lightning_distill.diagnostics.soft_labels import (
 )
 
 __all__ = [
+    "Conditioning",
     "CrossEntropyParts",
     "DarkKnowledge",
     "Estimate",
@@ -33,12 +44,18 @@ __all__ = [
     "Unit",
     "Verdict",
     "bootstrap_mean",
+    "compare_conditioning",
+    "condition_number",
     "cross_entropy_parts",
     "dark_information_gap",
     "dark_information_gap_from_joint",
     "dark_knowledge",
     "empirical_rademacher",
+    "ggn_spectrum",
     "gradient_scale_curve",
+    "hessian",
+    "hessian_spectrum",
+    "lanczos",
     "sample_efficiency_curve",
     "synergy",
     "transfer_efficiency",

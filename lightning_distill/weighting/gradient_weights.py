@@ -43,6 +43,9 @@ class GradientWeights(FixedWeights):
         priorities: Constant weights that go into the gradients, and into the weights, beside the rule's; by default
             none.
 
+    Attributes:
+        representation_in_use: Its name, once it was chosen; ``"(output)"`` for the last hidden state or the logits.
+
     Raises:
         ValueError: If ``normalise`` is unknown, a priority is negative or for an unknown term, both
             ``representation`` and ``exact`` are given, or there are fewer than two terms; in the training, if no
@@ -72,7 +75,7 @@ class GradientWeights(FixedWeights):
         self.priorities = None if priorities is None else dict(priorities)
         self.student_taps = () if representation is None else (representation,)
         self._student: list[nn.Module] = []  # in a list, so that it is no submodule of this one
-        self._found: str | None = representation
+        self.representation_in_use: str | None = representation
 
     def bind(self, terms: Sequence[str], student: nn.Module) -> None:
         """Start with the priorities, or with equal weights that sum to 1."""
@@ -134,9 +137,9 @@ class GradientWeights(FixedWeights):
         output = student.hidden if student.hidden is not None or not student.has_logits else student.logits
         candidates = {} if output is None else {OUTPUT: output}
         candidates |= dict(reversed(student.features.items()))
-        if self._found is not None and self._found in candidates and candidates[self._found].requires_grad:
-            return candidates[self._found]
         usable = {name: tensor for name, tensor in candidates.items() if tensor.requires_grad}
+        if self.representation_in_use in usable:
+            return usable[self.representation_in_use]
         if self.representation is not None:
             raise ValueError(
                 f"`representation={self.representation!r}` gets no gradient: everything before it is frozen. Name a "
@@ -146,7 +149,7 @@ class GradientWeights(FixedWeights):
             if all(
                 of is not None or not live.losses[term].requires_grad for term, of in live.gradients([tensor]).items()
             ):
-                self._found = name
+                self.representation_in_use = name
                 return tensor
         raise ValueError(
             f"None of the activations {list(candidates)} gets a gradient from each of the terms {list(live.losses)}. "

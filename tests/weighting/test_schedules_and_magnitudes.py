@@ -1,6 +1,7 @@
 """Weights from schedules, magnitudes and variances."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_golden_schedule(golden):
 def test_schedule_is_continuous_and_monotone_in_each_stage():
     schedule = StagedWeight(warm_up=100, middle=0.8, initial=0.1, hold_until=200, decay=0.02)
     values = [schedule(step / 10) for step in range(4000)]
-    assert max(abs(b - a) for a, b in zip(values, values[1:], strict=False)) < 2e-3
+    assert max(abs(b - a) for a, b in pairwise(values)) < 2e-3
     assert values[:1001] == sorted(values[:1001])
     assert set(values[1000:2000]) == {0.8}
     assert values[2000:] == sorted(values[2000:], reverse=True)
@@ -116,7 +117,7 @@ def test_printed_weight_of_the_quantization_error_is_not_the_rule(golden):
     def ours(bits):
         return quantization_loss_weight(i["var_task"], bits=bits, value_range=i["range"], elements=i["n"])
 
-    assert 4 / 4 == golden("exercise6_weights").expected["lambda2_chapter"]  # printed: bits / 4
+    assert golden("exercise6_weights").expected["lambda2_chapter"] == 4 / 4  # printed: bits / 4
     assert ours(8) / ours(4) == pytest.approx(289)  # printed: 2
     # weighted, the losses fluctuate alike
     spread = math.sqrt(quantization_error_moments(8, i["range"])[1] / i["n"])
