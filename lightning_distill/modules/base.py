@@ -379,7 +379,8 @@ class DistillationModule(L.LightningModule):
         return self._mean_over_ranks if trainer is not None and trainer.world_size > 1 else None
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        mean = self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean")
+        # a copy: the strategies write the mean into the tensor that they are given
+        mean = self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op="mean")
         assert isinstance(mean, Tensor)
         return mean
 

@@ -21,6 +21,7 @@ from lightning_distill.callbacks import (
     ScheduledWeights,
     UncertaintyWeighting,
 )
+from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.losses import FeatureMatching
 from lightning_distill.tasks import Classification
 from lightning_distill.weighting import StagedWeight
@@ -90,6 +91,16 @@ def build(**arguments):
     return module
 
 
+def parts(batch_size, accumulate):
+    """Indices of this process's batches, such that a step has the same items whatever the number of processes."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    own = batch_size * accumulate  # of this process in a step
+    world = 32 // own
+    starts = [32 * step + own * rank + batch_size * micro for step in range(3) for micro in range(accumulate)]
+    assert world in (1, 2)
+    return [list(range(start, start + batch_size)) for start in starts]
+
+
 class History(L.Callback):
     """The weights after every optimizer step."""
 
@@ -103,7 +114,17 @@ class History(L.Callback):
 
 
 def train(
-    name, folder, *, devices=1, batch_size=32, accumulate=1, module=None, callbacks=(), ckpt_path=None, **trainer
+    name,
+    folder,
+    *,
+    devices=1,
+    batch_size=32,
+    accumulate=1,
+    module=None,
+    callbacks=(),
+    data=None,
+    ckpt_path=None,
+    **trainer,
 ):
     """Weights after each step, and the student's weights at the end."""
     module = build() if module is None else module
@@ -120,9 +141,13 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
+        use_distributed_sampler=False,
         **settings,
     )
-    fitting.fit(module, DataLoader(dataset(), batch_size=batch_size), ckpt_path=ckpt_path)
+    if data is None:
+        fitting.fit(module, DataLoader(dataset(), batch_sampler=parts(batch_size, accumulate)), ckpt_path=ckpt_path)
+    else:
+        fitting.fit(module, datamodule=data, ckpt_path=ckpt_path)
     student = nn.utils.parameters_to_vector(module.student.parameters()).detach().clone()
     return torch.tensor(history.weights, dtype=torch.float64), student
 
@@ -146,7 +171,7 @@ def killed(name, folder, kill_at):
         name,
         folder,
         devices=2,
-        batch_size=16,
+        data=TensorDataModule(dataset().tensors, batch_size=16, seed=5),
         callbacks=[saving, Kill(kill_at)],
         ckpt_path=last if last.exists() else None,
         enable_checkpointing=True,

@@ -106,7 +106,7 @@ class Save(L.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GradNorm", "UncertaintyWeighting", "BalancedMagnitudes"])
+@pytest.mark.parametrize("name", ["GradNorm", "UncertaintyWeighting"])
 def test_two_processes_that_are_killed_resume_exactly(name, tmp_path):
     straight = run_script(tmp_path / "straight", name, NEVER)
     assert straight.returncode == 0, straight.stderr
