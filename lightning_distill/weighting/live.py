@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_distill.measuring import measuring
+
 
 @dataclass
 class Live:
@@ -53,7 +55,8 @@ def term_gradients(
     for name, loss in losses.items():
         parts: Sequence[Tensor | None] = [None] * len(inputs)
         if loss.requires_grad:
-            parts = torch.autograd.grad(loss * scale, inputs, retain_graph=True, allow_unused=True)
+            with measuring():
+                parts = torch.autograd.grad(loss * scale, inputs, retain_graph=True, allow_unused=True)
         if all(part is None for part in parts):
             found[name] = None
             continue

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.measuring import measuring
+
 
 def last_shared_layer(network: nn.Module, losses: Mapping[str, Tensor]) -> str:
     """Name of the last layer of ``network`` whose parameters get a gradient from every loss.
@@ -31,7 +33,8 @@ def last_shared_layer(network: nn.Module, losses: Mapping[str, Tensor]) -> str:
     reached: dict[str, set[int]] = {}
     for name, loss in losses.items():
         if flat and loss.requires_grad:
-            gradients = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
+            with measuring():
+                gradients = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
             reached[name] = {id(p) for p, gradient in zip(flat, gradients, strict=True) if gradient is not None}
     shared = [name for name, own in layers.items() if all(any(id(p) in of for p in own) for of in reached.values())]
     if not shared or not reached:
