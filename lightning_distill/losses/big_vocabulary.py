@@ -475,11 +475,11 @@ class _GradientsAtHand(torch.autograd.Function):
                 "`lightning_distill.measuring.measuring()`, or use `fused_linear_kd_items` or `sparse_kd_items`, which "
                 "compute it anew."
             )
-        gradients, scale = ctx.gradients, torch.mul
-        if not is_measuring():
-            ctx.gradients, scale = None, Tensor.mul_
+        gradients, keep = ctx.gradients, is_measuring()
+        if not keep:
+            ctx.gradients = None
         scaled = [
-            scale(x, gradient).to(dtype) if needed else None
+            (x * gradient if keep else x.mul_(gradient)).to(dtype) if needed else None
             for x, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
         return (*scaled, None, None, None, None)

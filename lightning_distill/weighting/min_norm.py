@@ -101,5 +101,5 @@ def _affine_minimum(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     system[n, n] = 0
     right = np.zeros(n + 1)
     right[n] = 1
-    solution: NDArray[np.float64] = np.linalg.lstsq(system, right, rcond=None)[0][:n]
-    return solution
+    solution = np.linalg.lstsq(system, right, rcond=None)[0][:n]
+    return solution.astype(np.float64)
