@@ -82,7 +82,7 @@ def plot_weights(rows: list[Mapping[str, float]] | list[dict[str, float]], path:
     """Draw the weights of the terms over the steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.subplots()
     for name in _columns(rows)[1:]:
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -90,7 +90,7 @@ def plot_weights(rows: list[Mapping[str, float]] | list[dict[str, float]], path:
     axes.set(xlabel="optimizer step", ylabel="weight", title="Weights of the loss terms")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=120)
 
 
