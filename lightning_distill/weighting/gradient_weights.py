@@ -104,7 +104,8 @@ class GradientWeights(FixedWeights):
             rows, losses = rows * share, live.over_ranks(losses * share)
             if self.exact:
                 rows = live.over_ranks(rows)
-        gram = rows @ rows.T
+        with torch.autocast(rows.device.type, enabled=False):  # it would multiply in float16
+            gram = rows @ rows.T
         if live.over_ranks is not None and not self.exact:
             # the whole batch's representation is the processes' ones in a row, and so are its gradients
             gram = live.over_ranks(gram)

@@ -140,6 +140,27 @@ def test_overflowing_float16_gradients_are_left_out(name, tmp_path):
     assert scaler.get_scale() < 2.0**40
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_inner_products_of_gradients_are_not_taken_in_half_precision(exact, make_trainer):
+    seen = []
+
+    class Look(GradientWeights):
+        def look(self, step, live):
+            inputs = list(module.student.parameters()) if exact else [step.student.features["3"]]
+            rows = torch.stack(list(live.gradients(inputs).values())).double()
+            super().look(step, live)
+            seen.append(rows @ rows.T)
+
+    def rule(gram):
+        seen.append(gram)
+        return torch.full((len(gram),), 1 / len(gram))
+
+    module = build(weights=Look(rule, exact=exact))
+    data = DataLoader(dataset(), batch_size=32)
+    make_trainer(precision="bf16-mixed", max_steps=1).fit(module, data)
+    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-9)
+
+
 def test_clipping_does_not_touch_what_is_measured(tmp_path):
     plain, _ = train("GradNorm at once", tmp_path, max_epochs=1)
     clipped, _ = train("GradNorm at once", tmp_path, max_epochs=1, gradient_clip_val=1e-3)

@@ -86,6 +86,13 @@ def test_state_stays_in_float32():
     assert total.dtype == torch.float32
 
 
+def test_autocast_does_not_round_the_objective():
+    losses, s = torch.tensor([1.2345, 7.6543]), torch.tensor([0.1234, -0.4321])
+    with torch.autocast("cpu", torch.bfloat16):
+        total = uncertainty_weighted(losses, s)
+    assert torch.equal(total, uncertainty_weighted(losses, s))
+
+
 def test_rejects_bad_values():
     with pytest.raises(ValueError, match=r"`log_variance` must be in \[-10, 10\], got 11"):
         UncertaintyWeights(log_variance=11)
