@@ -5,10 +5,13 @@ if __name__ == "callbacks":
         "import lightning_distill.callbacks, not callbacks: the latter would be a second copy of each class"
     )
 
+from lightning_distill.callbacks.balanced_magnitudes import BalancedMagnitudes
 from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.difficulty import TaskDifficulty
 from lightning_distill.callbacks.gradient_alignment import GradientAlignment
+from lightning_distill.callbacks.gradient_log import GradientLog
 from lightning_distill.callbacks.gradient_variance import GradientVarianceTemperature
+from lightning_distill.callbacks.gradnorm import GradNorm
 from lightning_distill.callbacks.head_weights import PerformanceHeadWeights
 from lightning_distill.callbacks.layer_matching import (
     DynamicLayerWeights,
@@ -19,21 +22,33 @@ from lightning_distill.callbacks.layer_matching import (
     update_layer_weights,
 )
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
+from lightning_distill.callbacks.scheduled_weights import ScheduledWeights
 from lightning_distill.callbacks.selection import LogSelection
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
+from lightning_distill.callbacks.weight_report import WeightReport
+from lightning_distill.callbacks.weighting import MGDA, CAGrad, PCGrad, UncertaintyWeighting
 
 __all__ = [
+    "MGDA",
+    "BalancedMagnitudes",
+    "CAGrad",
     "CacheWriter",
     "DynamicLayerWeights",
+    "GradNorm",
     "GradientAlignment",
+    "GradientLog",
     "GradientVarianceTemperature",
     "LogSelection",
     "OnPolicy",
+    "PCGrad",
     "PerformanceHeadWeights",
     "ProgressiveLayers",
     "RandomLayers",
+    "ScheduledWeights",
     "TaskDifficulty",
     "TemperatureAnnealing",
+    "UncertaintyWeighting",
+    "WeightReport",
     "generated_batch",
     "progressive_layers",
     "sample_layers",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from lightning_distill.difficulty import difficulty_temperature, difficulty_weight, task_difficulty
+from lightning_distill.modules.base import DistillationModule
 from lightning_distill.outputs import UNLABELLED, Outputs
 from lightning_distill.weighting import FixedWeights, MultiTaskWeights
 
@@ -86,8 +87,9 @@ class TaskDifficulty(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Note the term's value."""
         if self.term is not None:
-            losses: dict[str, Tensor] = pl_module.live_losses  # type: ignore[assignment]
-            self._losses.append(losses[self.term].detach())
+            live = cast(DistillationModule, pl_module).live
+            assert live is not None  # it is there from the training step to the end of the backward pass
+            self._losses.append(live.losses[self.term].detach())
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

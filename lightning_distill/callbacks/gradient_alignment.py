@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_distill.callbacks.term_gradients import layer_parameters, require_terms, term_gradients
+from lightning_distill.callbacks.term_gradients import gradient_rows, require_terms, student_layer
 from lightning_distill.difficulty import alignment_factor, gradient_cosine
 
 
@@ -71,7 +71,7 @@ class GradientAlignment(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the terms and find the layer."""
         require_terms(self, pl_module, self.terms)
-        self._parameters = layer_parameters(pl_module, self.layer)
+        self._parameters = student_layer(pl_module, self.layer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Be there when the optimizers step."""
@@ -82,7 +82,7 @@ class GradientAlignment(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Look at the two gradients of this micro-batch."""
         if trainer.global_step % self.every_n_steps == 0:
-            found = term_gradients(trainer, pl_module, self.terms, self._parameters)
+            found = gradient_rows(pl_module, self.terms, self._parameters)
             self._sum = found if self._sum is None else self._sum + found
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_distill.callbacks.term_gradients import layer_parameters, require_terms, term_gradients
+from lightning_distill.callbacks.term_gradients import gradient_rows, require_terms, student_layer
 from lightning_distill.temperature import gradient_variance_temperature
 
 
@@ -84,13 +84,13 @@ class GradientVarianceTemperature(L.Callback):
                 f"GradientVarianceTemperature sets `temperature`, which {type(pl_module).__name__} computes by "
                 f"{pl_module.temperature!r}. Give it a number."
             )
-        self._parameters = layer_parameters(pl_module, self.layer)
+        self._parameters = student_layer(pl_module, self.layer)
         if self.temperature is not None:
             pl_module.temperature = self.temperature  # type: ignore[assignment]
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Look at the two gradients of this micro-batch."""
-        self._of_step.append(term_gradients(trainer, pl_module, (self.hard, self.soft), self._parameters))
+        self._of_step.append(gradient_rows(pl_module, (self.hard, self.soft), self._parameters))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Gather the gradients of this step; with enough of them, set the temperature of the steps to come."""

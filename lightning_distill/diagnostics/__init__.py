@@ -9,6 +9,15 @@ from lightning_distill.diagnostics.bottleneck import (
     ib_layer_importance,
     ib_layer_importance_from_joint,
 )
+from lightning_distill.diagnostics.conditioning import (
+    Conditioning,
+    compare_conditioning,
+    condition_number,
+    ggn_spectrum,
+    hessian,
+    hessian_spectrum,
+    lanczos,
+)
 from lightning_distill.diagnostics.depth import GradientFlow, SubnetAgreement, gradient_flow_profile, subnet_agreement
 from lightning_distill.diagnostics.estimates import Estimate, Verdict, bootstrap_mean
 from lightning_distill.diagnostics.gradients import GradientScale, gradient_scale_curve
@@ -34,6 +43,7 @@ from lightning_distill.diagnostics.soft_labels import (
 
 __all__ = [
     "AttentionProfile",
+    "Conditioning",
     "CrossEntropyParts",
     "DarkKnowledge",
     "Estimate",
@@ -50,15 +60,21 @@ __all__ = [
     "Verdict",
     "attention_distance_profile",
     "bootstrap_mean",
+    "compare_conditioning",
+    "condition_number",
     "cross_entropy_parts",
     "dark_information_gap",
     "dark_information_gap_from_joint",
     "dark_knowledge",
     "empirical_rademacher",
+    "ggn_spectrum",
     "gradient_flow_profile",
     "gradient_scale_curve",
+    "hessian",
+    "hessian_spectrum",
     "ib_layer_importance",
     "ib_layer_importance_from_joint",
+    "lanczos",
     "linear_probe_profile",
     "norm_information",
     "sample_efficiency_curve",

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lightning_distill.losses.linear_kd import default_chunk_size, linear_kd
 from lightning_distill.losses.top_k import coarse_log_probs
+from lightning_distill.measuring import is_measuring
 from lightning_distill.outputs import UNLABELLED
 
 
@@ -470,12 +471,15 @@ class _GradientsAtHand(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "The gradient of a fused distillation loss is computed with its value and used up by the first "
-                "backward. To go backward again (`retain_graph=True`, gradient norms of single terms), use "
-                "`fused_linear_kd_items` or `sparse_kd_items`, which compute it anew."
+                "backward. To go backward again (`retain_graph=True`, gradient norms of single terms), do it within "
+                "`lightning_distill.measuring.measuring()`, or use `fused_linear_kd_items` or `sparse_kd_items`, which "
+                "compute it anew."
             )
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, keep = ctx.gradients, is_measuring()
+        if not keep:
+            ctx.gradients = None
         scaled = [
-            x.mul_(gradient).to(dtype) if needed else None
+            (x * gradient if keep else x.mul_(gradient)).to(dtype) if needed else None
             for x, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
         return (*scaled, None, None, None, None)

@@ -30,7 +30,7 @@ from lightning_distill.rules import StatefulRule
 from lightning_distill.taps import Taps
 from lightning_distill.tasks import Classification, Task
 from lightning_distill.teachers.build import TeacherLike, build_teacher
-from lightning_distill.weighting import FixedWeights, Weighting
+from lightning_distill.weighting import FixedWeights, Live, Weighting
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -48,12 +48,13 @@ class DistillationModule(L.LightningModule):
     items are split over micro-batches (``accumulate_grad_batches``) and processes.
 
     Callbacks turn the knobs that are public attributes, read anew in every step: ``temperature``, ``weighting``,
-    ``item_weights``, ``teacher``, ``terms``, ``batch_transform``. Between the training step and the end of its backward
-    pass ``live_losses`` holds the loss of each term with its graph, for callbacks that look at gradients.
+    ``item_weights``, ``teacher``, ``terms``, ``batch_transform``. Those that look at gradients find the losses of the
+    batch in training, with their graph, in ``live`` (:class:`~lightning_distill.weighting.Live`): set by
+    ``training_step``, ``None`` again after the backward.
 
     Logs, every ``log_every_n_steps`` of the Trainer, the means since the last entry: ``train/loss``, ``train/<term>``
-    and ``train_weighted/<term>``; per validation or test epoch the task's metrics, ``agreement`` and ``fidelity`` with
-    the teacher, and the losses, as ``val/…`` and ``test/…``.
+    and ``train_weighted/<term>``, and the present ``train_weight/<term>``; per validation or test epoch the task's
+    metrics, ``agreement`` and ``fidelity`` with the teacher, and the losses, as ``val/…`` and ``test/…``.
 
     Args:
         student: The network that is trained, or a Hugging Face name or path.
@@ -107,12 +108,13 @@ class DistillationModule(L.LightningModule):
         self.teacher = build_teacher(teacher, self.task)
         self.terms = nn.ModuleDict(_checked_terms(terms))
         self.weighting = _build_weighting(weights, terms)
+        self.weighting.bind(list(terms), self.student)
+        self.live: Live | None = None
         self.temperature = _checked_temperature(temperature)
         self.batch_transform = batch_transform
         self.item_weights = _checked_item_weights(item_weights or {}, terms)
         stateful = {name: rule for name, rule in self.item_weights.items() if isinstance(rule, StatefulRule)}
         self.item_rules = nn.ModuleDict(stateful)  # for the checkpoint and the device
-        self.live_losses: dict[str, Tensor] | None = None
         for name, factory in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
             if factory is not None and not callable(factory):
                 raise TypeError(
@@ -125,7 +127,7 @@ class DistillationModule(L.LightningModule):
         self.scheduler_factory = lr_scheduler
         self.lr_interval = lr_interval
 
-        self._taps = Taps(self.student, (name for term in terms.values() for name in term.student_taps))
+        self._taps = Taps(self.student, self._tapped())
         if self.teacher is not None:
             self.teacher.tap(dict.fromkeys(name for term in terms.values() for name in term.teacher_taps))
         self._items = ItemCount()
@@ -176,8 +178,11 @@ class DistillationModule(L.LightningModule):
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar that is minimised, and the loss of each term in it."""
-        losses = self.losses(step)
-        return self.weighting(losses), losses
+        live = self.live if self.live is not None and self.live.step is step else None
+        losses = self.losses(step) if live is None else live.losses
+        if live is not None:
+            self.weighting.look(step, live)
+        return self.weighting(losses), dict(losses)
 
     def other_outputs(self, step: Step) -> Mapping[str, Outputs]:
         """What else said something about ``step``, by name; measured like the student, as ``val/<name>/…``."""
@@ -208,14 +213,27 @@ class DistillationModule(L.LightningModule):
         if self.batch_transform is not None:
             batch = self.batch_transform(batch)
         step = self.observe(batch)
+        items, over_ranks = _count(step), self._over_ranks
+        self.live = Live(step, self.losses, items, over_ranks, self._scaler)
         total, losses = self.loss(step)
-        self.live_losses = losses
         self._loss_log.add(losses | self._parts(), total)
-        return self._items.scale(total, _count(step), over_ranks=self._over_ranks)
+        return self._items.scale(total, items, over_ranks=over_ranks)
 
     def on_after_backward(self) -> None:
         """Let go of the graph."""
-        self.live_losses = None
+        self.live = None
+
+    def use_weighting(self, weighting: Weighting) -> None:
+        """Combine the terms by ``weighting`` from now on. In a training this must come before the optimizer is built.
+
+        Raises:
+            ValueError: If it does not fit the terms, or reads an activation that the student does not have.
+        """
+        weighting.bind(list(self.terms), self.student)
+        self.weighting = weighting
+        if set(weighting.student_taps) - set(self._taps.names):
+            self._taps.remove()
+            self._taps = Taps(self.student, self._tapped())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the accumulated gradient that of the mean over all items of the step; tell the rules that it is over."""
@@ -243,6 +261,7 @@ class DistillationModule(L.LightningModule):
                 f"`teacher` is None, but the loss terms {needy} compare the student with one. Pass `teacher=...`, or "
                 "train on labels alone (for `KD`: `alpha=1.0`)."
             )
+        _refuse_untrained(self.weighting, self.trainer.optimizers)
         if self._random_states is not None:  # before the loader's iterator draws the order of the epoch
             if len(self._random_states) == self.trainer.world_size:
                 set_random_state(self._random_states[self.trainer.global_rank])
@@ -297,7 +316,8 @@ class DistillationModule(L.LightningModule):
             raise ValueError("The student has no trainable parameter: `requires_grad` is False for all of them.")
         groups: list[dict[str, Any]] = [{"params": trained}]
         if learned := list(self.weighting.parameters()):
-            groups.append({"params": learned, "weight_decay": 0.0})
+            own_rate = self.weighting.learning_rate
+            groups.append({"params": learned, "weight_decay": 0.0} | ({} if own_rate is None else {"lr": own_rate}))
         optimizer = self.optimizer_factory(groups)
         if self.scheduler_factory is None:
             return optimizer
@@ -318,6 +338,8 @@ class DistillationModule(L.LightningModule):
         for key in [key for key in stored if key.startswith(_RULES) and key not in own]:
             del stored[key]  # a module for inference needs no rules
         put_base_back(checkpoint, self.student)
+        resumes = self._attached is not None and self.trainer.state.fn == "fit"
+        _leave_weighting_out(checkpoint["state_dict"], self.state_dict().keys(), resumes=resumes)
 
     def export(self, path: str | Path | None = None, *, overwrite: bool = False) -> nn.Module:
         """The student alone: its own class, in eval mode, on the CPU, with no trace of the distillation.
@@ -381,9 +403,21 @@ class DistillationModule(L.LightningModule):
         return self._mean_over_ranks if trainer is not None and trainer.world_size > 1 else None
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        mean = self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean")
+        # a copy: the strategies write the mean into the tensor that they are given
+        mean = self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op="mean")
         assert isinstance(mean, Tensor)
         return mean
+
+    @property
+    def _scaler(self) -> Any:
+        """The gradient scaler of mixed precision, if there is one."""
+        trainer = self._attached
+        return None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+
+    def _tapped(self) -> list[str]:
+        """Names of the student's activations that terms and weighting read."""
+        readers = (*self.terms.values(), self.weighting)
+        return [name for reader in readers for name in getattr(reader, "student_taps", ())]
 
     def _weights_of(self, term: str, step: Step) -> Tensor | None:
         weights = None
@@ -476,11 +510,29 @@ def _build_weighting(weights: Mapping[str, float] | Weighting | None, terms: Map
         return weights
     if weights is None:
         return FixedWeights(dict.fromkeys(terms, 1.0))
-    if unknown := [name for name in weights if name not in terms]:
-        raise ValueError(f"`weights` names {unknown}, which are no terms; there are {list(terms)}.")
-    if missing := [name for name in terms if name not in weights]:
-        raise ValueError(f"`weights` has no weight for {missing}; give each term one: {dict.fromkeys(terms, 1.0)}.")
     return FixedWeights(weights)
+
+
+def _refuse_untrained(weighting: Weighting, optimizers: Iterable[Optimizer]) -> None:
+    """Somebody's own ``configure_optimizers`` may have forgotten the weighting."""
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    if any(p.requires_grad and id(p) not in trained for p in weighting.parameters()):
+        raise ValueError(
+            f"The parameters of {type(weighting).__name__} are in no optimizer. Add a group in `configure_optimizers`, "
+            "before the scheduler is built: {'params': self.weighting.parameters(), 'weight_decay': 0.0}."
+        )
+
+
+def _leave_weighting_out(state: dict[str, Any], known: Iterable[str], *, resumes: bool) -> None:
+    """Load a checkpoint without the callback that installed its weighting; to go on training, it is needed."""
+    left = [key for key in state if key.startswith("weighting.") and key not in set(known)]
+    if left and resumes:
+        raise ValueError(
+            f"The checkpoint holds the state of a weighting, {left}, that this module does not have. Add the callback "
+            "that the run began with (`UncertaintyWeighting()`, say), or pass the weighting: `weights=...`."
+        )
+    for key in left:
+        del state[key]
 
 
 def _checked_temperature(temperature: Temperature) -> Temperature:

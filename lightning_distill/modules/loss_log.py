@@ -30,7 +30,7 @@ class LossLog:
     def flush(
         self, weights: Mapping[str, float | Tensor], over_ranks: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, float]:
-        """Means since the last flush: ``train/loss``, each term raw, and each term times its weight.
+        """Means since the last flush: ``train/loss``, each term raw, each times its weight, and the present weights.
 
         Raises:
             FloatingPointError: If a term is not finite; the message names it.
@@ -44,7 +44,9 @@ class LossLog:
         losses = dict(zip(values, means.tolist(), strict=True))
         entry = {f"train/{name}": value for name, value in losses.items()}
         for name in losses.keys() & weights.keys():  # the parts of a term have no weight of their own
-            entry[f"train_weighted/{name}"] = float(weights[name]) * losses[name]
+            weight = float(weights[name])
+            entry[f"train_weighted/{name}"] = weight * losses[name]
+            entry[f"train_weight/{name}"] = weight
         _refuse_non_finite(losses)
         return entry
 

@@ -99,7 +99,7 @@ class Gradients(L.Callback):
         layer = list(pl_module.student[2].parameters())
         rows = []
         for name in ("hard", "soft"):
-            found = torch.autograd.grad(pl_module.live_losses[name], layer, retain_graph=True)
+            found = torch.autograd.grad(pl_module.live.losses[name], layer, retain_graph=True)
             rows.append(torch.cat([gradient.flatten() for gradient in found]))
         self.rows.append(torch.stack(rows))
 
@@ -231,7 +231,7 @@ def test_difficulty_from_a_term_is_the_root_of_its_running_mean(make_trainer):
             self.seen = []
 
         def on_before_backward(self, trainer, pl_module, loss):
-            self.seen.append(pl_module.live_losses["soft"].item())
+            self.seen.append(pl_module.live.losses["soft"].item())
 
     losses, callback = Losses(), TaskDifficulty(term="soft", momentum=0.5)
     module, _ = small_fit(make_trainer, losses, callback, max_steps=2)
@@ -319,13 +319,13 @@ def test_a_module_without_the_rules_loads_a_checkpoint_that_has_them(make_traine
 def test_the_live_losses_are_let_go_after_the_backward(make_trainer):
     class Look(L.Callback):
         def on_before_backward(self, trainer, pl_module, loss):
-            assert set(pl_module.live_losses) == {"hard", "soft"}
+            assert set(pl_module.live.losses) == {"hard", "soft"}
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            assert pl_module.live_losses is None
+            assert pl_module.live is None
 
     module, _ = small_fit(make_trainer, Look())
-    assert module.live_losses is None
+    assert module.live is None
 
 
 def kd(**arguments):
@@ -341,8 +341,8 @@ def unscaled():
     [
         (lambda: LogSelection(), kd, TypeError, "KD has none of them"),
         (lambda: GradientAlignment(second="dkd"), kd, ValueError, r"\['dkd'\] is not there"),
-        (lambda: GradientAlignment(layer="head"), kd, ValueError, "`layer` is 'head', which the student does not have"),
-        (lambda: GradientAlignment(layer="1"), kd, ValueError, "`layer` '1' has no trainable parameter"),
+        (lambda: GradientAlignment(layer="head"), kd, ValueError, "Sequential has no submodule 'head'. Nearest names"),
+        (lambda: GradientAlignment(layer="1"), kd, ValueError, "The layer '1' has no trainable parameter"),
         (lambda: GradientAlignment(), BoringModel, TypeError, "loss terms, which BoringModel does not have"),
         (lambda: GradientVarianceTemperature(), lambda: kd(temperature=lambda step: 2.0), TypeError, "computes by"),
         (lambda: GradientVarianceTemperature(), unscaled, ValueError, "`scale_by_t2=False`"),
