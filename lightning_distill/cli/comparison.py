@@ -19,6 +19,7 @@ import lightning_distill.losses
 import lightning_distill.modules
 import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401  (with the rooms imported, YAML may use class names without their path)
+from lightning_distill.cli.unparsed import Unparsed
 from lightning_distill.comparison import Comparison, Experiment, compare
 
 PARTS = ("model", "data", "trainer")
@@ -40,11 +41,11 @@ def run_comparison(arguments: Sequence[str]) -> None:
 
 
 def compare_configured(
-    methods: dict[str, dict[str, Any]],
+    methods: Unparsed,
     control: str,
     folder: str,
-    common: dict[str, Any] | None = None,
-    reference: dict[str, dict[str, Any]] | None = None,
+    common: Unparsed | None = None,
+    reference: Unparsed | None = None,
     seeds: int | list[int] = 5,
     metric: str = "test/accuracy",
     mode: Literal["max", "min"] = "max",

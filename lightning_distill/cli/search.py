@@ -10,7 +10,14 @@ import rich
 import yaml
 from jsonargparse import ArgumentParser
 
-from lightning_distill.cli.comparison import ConfiguredMethod, experiment_parser, filled, merged, parse_method
+from lightning_distill.cli.comparison import (
+    ConfiguredMethod,
+    experiment_parser,
+    filled,
+    merged,
+    parse_method,
+)
+from lightning_distill.cli.unparsed import Unparsed
 from lightning_distill.comparison import Experiment
 from lightning_distill.comparison.files import write_text
 
@@ -24,7 +31,8 @@ MOST_OF_FRONT = 4
 
 def run_search(arguments: Sequence[str]) -> None:
     """Run ``search -c SEARCH.yaml``, print the best trials and how to confirm them."""
-    parser = ArgumentParser(prog="lightning-distill search", description=search_configured.__doc__)
+    summary = (search_configured.__doc__ or "").split("Args:")[0]
+    parser = ArgumentParser(prog="lightning-distill search", description=summary)
     parser.add_argument("-c", "--config", action="config", help="Path of a YAML file with the options below.")
     parser.add_function_arguments(search_configured)
     options = parser.parse_args(list(arguments)[1:])
@@ -43,10 +51,10 @@ def run_search(arguments: Sequence[str]) -> None:
 
 
 def search_configured(
-    base: dict[str, Any],
-    space: dict[str, Any],
+    base: Unparsed,
+    space: Unparsed,
     folder: str,
-    reference: dict[str, dict[str, Any]] | None = None,
+    reference: Unparsed | None = None,
     metric: str | list[str] = "val/accuracy",
     mode: Literal["max", "min"] | list[Literal["max", "min"]] = "max",
     trials: int = 20,

@@ -169,7 +169,7 @@ def search(
                 found = gather()
                 with search_lock(folder):
                     found.save()
-                progress.console.print(_line(found, trial.number), markup=False, highlight=False)
+                progress.console.print(_line(found, trial.number), markup=False, highlight=False, soft_wrap=True)
             progress.update(task, description="done", completed=trials)
         result = gather(_importances(study) if len(metrics) == 1 else None)
         if others := running_elsewhere(study):

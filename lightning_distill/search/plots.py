@@ -65,7 +65,8 @@ def plot_history(search: Search) -> Figure | None:
     panels[0].legend(frameon=False, fontsize=8.5, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     panels[-1].set_xlabel("trial")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _head(figure, search, "validation metric after the last epoch · dotted: failed")
+    failed = any(trial.state == "failed" for trial in search.trials)
+    _head(figure, search, "validation metric after the last epoch" + (" · dotted: failed" if failed else ""))
     return figure
 
 
@@ -139,7 +140,7 @@ def _set_axis(axes: Axes, values: list[Any]) -> None:
         order = sorted({shown(value) for value in values})
         axes.set_xticks(range(len(order)), [textwrap.shorten(text, 16, placeholder="…") for text in order])
         axes.margins(x=0.25)
-    elif min(values) > 0 and max(values) / min(values) > 10:
+    elif min(values) > 0 and max(values) / min(values) > 30:
         axes.set_xscale("log")
 
 

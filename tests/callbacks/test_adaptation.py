@@ -19,7 +19,8 @@ from lightning_distill import KD, DistillationModule
 from lightning_distill.callbacks import GradientAlignment, GradientVarianceTemperature, LogSelection, TaskDifficulty
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.difficulty import alignment_factor, gradient_cosine, task_difficulty
-from lightning_distill.losses import SoftTargets
+from lightning_distill.losses import FeatureMatching, SoftTargets
+from lightning_distill.losses.distances import MMD, mmd2
 from lightning_distill.selection import SelectByPercentile, SelectByRunningPercentile
 from lightning_distill.temperature import gradient_variance_temperature
 from lightning_distill.weighting import MultiTaskWeights
@@ -238,6 +239,29 @@ def test_difficulty_from_a_term_is_the_root_of_its_running_mean(make_trainer):
     expected = math.sqrt((losses.seen[0] + losses.seen[1]) / 2)
     assert callback.difficulty == pytest.approx(expected, rel=1e-6)
     assert module.temperature == pytest.approx(4 * (1 + expected), rel=1e-6)
+
+
+@pytest.mark.chapter("C24", api="lightning_distill.callbacks.TaskDifficulty")
+def test_the_discrepancy_of_features_is_a_difficulty(make_trainer, golden):
+    """The golden case is the squared discrepancy; the difficulty is its root, and 0 for features that are the same."""
+    case = golden("mmd_task_difficulty")
+    student, teacher = case.inputs["F_S"], case.inputs["F_T"]
+    squared = mmd2(student, teacher, sigma=case.inputs["sigma"]).item()
+    assert squared == pytest.approx(case.expected["D_feat"], rel=case.rtol)
+    assert mmd2(student, student, sigma=case.inputs["sigma"]).item() == pytest.approx(0, abs=1e-12)
+    features = FeatureMatching({"0": "0"}, MMD(sigma=1.0), transform="identity")
+    callback = TaskDifficulty(term="features", momentum=0.0, limit=0.0)
+
+    class Features(L.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            self.value = pl_module.live_losses["features"].item()
+
+    seen = Features()
+    module = KD(network(8, 1), network(8, 2), terms={"features": features}, weights={"features": 0.0})
+    small_fit(make_trainer, seen, callback, module=module, max_steps=1)
+    assert callback.difficulty == pytest.approx(math.sqrt(seen.value), rel=1e-6)
+    assert callback.difficulty > 0.01
+    assert module.temperature == pytest.approx(4.0 * (1 + callback.difficulty))
 
 
 class TwoHeads(nn.Module):

@@ -41,6 +41,7 @@ SEARCH = {
                     },
                 },
                 "terms": {"soft": {"class_path": "SoftTargets"}},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.05}},
             },
         },
         "data": {"class_path": "DigitsDataModule", "init_args": {"num_labels": 100, "seed": "{seed}"}},
@@ -54,6 +55,7 @@ SEARCH = {
                     "teacher": None,
                     "terms": None,
                     "student": {"class_path": MLP, "init_args": {"sizes": [64, 32, 10]}},
+                    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
                 }
             }
         }
@@ -96,6 +98,21 @@ def test_a_search_and_the_comparison_that_it_prints(folder, capsys):
     assert comparison.methods[0] == "base"
     assert len(comparison.runs) == 4
     assert not (folder / "found" / "confirmation" / "teacher").exists()  # that of the search teaches
+
+
+def test_configurations_reach_the_command_as_they_are_written(folder, monkeypatch):
+    """With the class's defaults filled in, a method could not be merged into what is common."""
+    seen = {}
+    monkeypatch.setattr("lightning_distill.cli.comparison.compare", lambda methods, **rest: seen.update(rest))
+    monkeypatch.setattr("rich.print", lambda *texts: None)
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
+    methods = {"a": SEARCH["base"], "b": {"model": {"init_args": {"optimizer": optimizer}}}}
+    configuration = {"methods": methods, "common": SEARCH["base"], "control": "a", "folder": "x"}
+    (folder / "c.yaml").write_text(yaml.safe_dump(configuration))
+    with pytest.raises(AttributeError, match="folder"):  # the table of nothing
+        main(["compare", "-c", "c.yaml"])
+    merged = seen["configuration"]["methods"]["b"]["model"]["init_args"]["optimizer"]
+    assert merged == {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.05, "lr": 0.01}}
 
 
 def test_what_is_confirmed():
