@@ -3,6 +3,7 @@
 Everything is computed on the CPU in float64, without gradients. Entropies and informations are in nats unless said.
 """
 
+from lightning_distill.diagnostics.curriculum import CurriculumBenefit, curriculum_benefit
 from lightning_distill.diagnostics.estimates import Estimate, Verdict, bootstrap_mean
 from lightning_distill.diagnostics.gradients import GradientScale, gradient_scale_curve
 from lightning_distill.diagnostics.hypotheses import SampleEfficiency, empirical_rademacher, sample_efficiency_curve
@@ -24,6 +25,7 @@ from lightning_distill.diagnostics.soft_labels import (
 
 __all__ = [
     "CrossEntropyParts",
+    "CurriculumBenefit",
     "DarkKnowledge",
     "Estimate",
     "GradientScale",
@@ -34,6 +36,7 @@ __all__ = [
     "Verdict",
     "bootstrap_mean",
     "cross_entropy_parts",
+    "curriculum_benefit",
     "dark_information_gap",
     "dark_information_gap_from_joint",
     "dark_knowledge",
