@@ -7,6 +7,7 @@ if __name__ == "callbacks":
 
 from lightning_distill.callbacks.balanced_magnitudes import BalancedMagnitudes
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.curriculum import CurriculumResampling
 from lightning_distill.callbacks.difficulty import TaskDifficulty
 from lightning_distill.callbacks.gradient_alignment import GradientAlignment
 from lightning_distill.callbacks.gradient_log import GradientLog
@@ -33,6 +34,7 @@ __all__ = [
     "BalancedMagnitudes",
     "CAGrad",
     "CacheWriter",
+    "CurriculumResampling",
     "DynamicLayerWeights",
     "GradNorm",
     "GradientAlignment",

@@ -18,6 +18,7 @@ from lightning_distill.diagnostics.conditioning import (
     hessian_spectrum,
     lanczos,
 )
+from lightning_distill.diagnostics.curriculum import CurriculumBenefit, curriculum_benefit
 from lightning_distill.diagnostics.depth import GradientFlow, SubnetAgreement, gradient_flow_profile, subnet_agreement
 from lightning_distill.diagnostics.estimates import Estimate, Verdict, bootstrap_mean
 from lightning_distill.diagnostics.gradients import GradientScale, gradient_scale_curve
@@ -45,6 +46,7 @@ __all__ = [
     "AttentionProfile",
     "Conditioning",
     "CrossEntropyParts",
+    "CurriculumBenefit",
     "DarkKnowledge",
     "Estimate",
     "GradientFlow",
@@ -63,6 +65,7 @@ __all__ = [
     "compare_conditioning",
     "condition_number",
     "cross_entropy_parts",
+    "curriculum_benefit",
     "dark_information_gap",
     "dark_information_gap_from_joint",
     "dark_knowledge",
