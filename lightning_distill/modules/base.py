@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -162,7 +163,10 @@ class DistillationModule(L.LightningModule):
     def losses(self, step: Step) -> dict[str, Tensor]:
         """The loss of each term: scalars, means over the items that count."""
         return {
-            name: reduce_items(term(step), step.mask, self._weights_of(name, step)) for name, term in self.terms.items()
+            name: _nothing(step, term)
+            if step.teacher is None and self._awaiting_teacher and _needs_teacher(term)
+            else reduce_items(term(step), step.mask, self._weights_of(name, step))
+            for name, term in self.terms.items()
         }
 
     def build(self, batch: Any) -> None:
@@ -193,6 +197,8 @@ class DistillationModule(L.LightningModule):
         losses = self.losses(step)
         total: Tensor = self.weighting(losses)
         self._loss_log.add({**losses, **self._parts()}, total)
+        if self.teacher is not None:
+            self.teacher.see(step)
         return self._items.scale(total, _count(step), over_ranks=self._over_ranks)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -290,6 +296,7 @@ class DistillationModule(L.LightningModule):
         """Keep the random numbers' state until the training starts; put the student's own base under an adapter."""
         self._random_states = checkpoint.get("random_states")
         put_base_back(checkpoint, self.student)
+        _leave_teacher_out(checkpoint, self)
 
     def export(self, path: str | Path | None = None, *, overwrite: bool = False) -> nn.Module:
         """The student alone: its own class, in eval mode, on the CPU, with no trace of the distillation.
@@ -314,6 +321,15 @@ class DistillationModule(L.LightningModule):
         if path is not None:
             write_network(student, Path(path), overwrite=overwrite)
         return student
+
+    def copy_student(self) -> nn.Module:
+        """A copy of the student as it is now, without the taps that terms have on it."""
+        names = self._taps.names
+        self._taps.remove()  # hooks would be copied, and then report what the copy says as the student's
+        try:
+            return copy.deepcopy(self.student)
+        finally:
+            self._taps = Taps(self.student, names)
 
     def export_adapter(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the student's PEFT adapter without its base: a folder, as ``PeftModel.from_pretrained`` reads it.
@@ -345,6 +361,11 @@ class DistillationModule(L.LightningModule):
             return self.trainer
         except RuntimeError:
             return None
+
+    @property
+    def _awaiting_teacher(self) -> bool:
+        """Whether there will be a teacher, but it has nothing to say so far."""
+        return self.teacher is not None and not self.teacher.ready
 
     @property
     def _over_ranks(self) -> Callable[[Tensor], Tensor] | None:
@@ -409,6 +430,20 @@ def _count(step: Step) -> Count:
 
 def _needs_teacher(term: nn.Module) -> bool:
     return bool(getattr(term, "needs_teacher", True))
+
+
+def _nothing(step: Step, term: nn.Module) -> Tensor:
+    """The loss of a term that has nothing to compare yet: 0, with a graph to its parameters (DDP waits for them)."""
+    outputs = step.student
+    said = outputs.logits if outputs.has_logits or outputs.hidden is None else outputs.hidden
+    return sum((parameter.sum() for parameter in term.parameters()), start=said.sum()) * 0.0
+
+
+def _leave_teacher_out(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Drop the weights of a teacher that was trained along, where the module that loads them has none."""
+    own = module.state_dict().keys()
+    for key in [key for key in checkpoint["state_dict"] if key.startswith("teacher.") and key not in own]:
+        del checkpoint["state_dict"][key]
 
 
 def _check_type(name: str, value: object, kind: type) -> None:

@@ -6,6 +6,7 @@ from lightning_distill.teachers.cache import data_fingerprint, fingerprint, teac
 from lightning_distill.teachers.cached import CachedTeacher
 from lightning_distill.teachers.frozen import FrozenTeacher, FunctionTeacher
 from lightning_distill.teachers.other_tokenizer import OtherTokenizerTeacher
+from lightning_distill.teachers.past import MeanPrediction, PastTeacher
 from lightning_distill.teachers.prompts import PromptEnsemble, prepend_tokens, prompt_ensemble
 from lightning_distill.teachers.teacher import Teacher
 
@@ -15,6 +16,8 @@ __all__ = [
     "FrozenTeacher",
     "FunctionTeacher",
     "OtherTokenizerTeacher",
+    "MeanPrediction",
+    "PastTeacher",
     "PromptEnsemble",
     "Teacher",
     "TeacherLike",
