@@ -6,11 +6,13 @@ if __name__ == "callbacks":
     )
 
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.ema_teacher import MeanTeacher
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 
 __all__ = [
     "CacheWriter",
+    "MeanTeacher",
     "OnPolicy",
     "TemperatureAnnealing",
     "generated_batch",
