@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_distill.comparison import Comparison, Experiment, compare
-    from lightning_distill.modules import KD, DistillationModule, FeatureKD
+    from lightning_distill.modules import KD, BornAgain, DistillationModule, FeatureKD
     from lightning_distill.outputs import Outputs, Step
     from lightning_distill.tasks import CausalLM, Classification, Regression, SequenceClassification, Task
 
@@ -18,7 +18,7 @@ __version__ = "0.1.0.dev0"
 
 _ROOMS = {
     "lightning_distill.comparison": ("Comparison", "Experiment", "compare"),
-    "lightning_distill.modules": ("KD", "DistillationModule", "FeatureKD"),
+    "lightning_distill.modules": ("KD", "BornAgain", "DistillationModule", "FeatureKD"),
     "lightning_distill.outputs": ("Outputs", "Step"),
     "lightning_distill.tasks": ("CausalLM", "Classification", "Regression", "SequenceClassification", "Task"),
 }
@@ -26,6 +26,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "KD",
+    "BornAgain",
     "CausalLM",
     "Classification",
     "Comparison",

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_distill.modules import DistillationModule
+from lightning_distill.callbacks.own_teacher import bring_teacher
 from lightning_distill.teachers.ema import (
     Buffers,
     EMATeacher,
@@ -60,10 +60,7 @@ class MeanTeacher(L.Callback):
         every_n_steps: int = 1,
         buffers: Buffers = "ema",
     ) -> None:
-        if isinstance(momentum, str):
-            if momentum != "auto":
-                raise ValueError(f"`momentum` must be a number or 'auto', got {momentum!r}.")
-        else:
+        if momentum != "auto":
             check_momentum(momentum)
         if not averaging > 0:
             raise ValueError(f"`averaging` must be positive, got {averaging}.")
@@ -81,25 +78,10 @@ class MeanTeacher(L.Callback):
         self._last_log = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the teacher, before the checkpoint is loaded and processes compare their weights."""
+        """Make the teacher."""
         if stage != "fit":
             return
-        if not isinstance(pl_module, DistillationModule):
-            raise TypeError(
-                f"MeanTeacher needs a module of lightning-distill, such as KD(student, alpha=0.5), got "
-                f"{type(pl_module).__name__}."
-            )
-        if isinstance(pl_module.teacher, EMATeacher):
-            return
-        if pl_module.teacher is not None:
-            raise ValueError(
-                f"The module has a teacher already, a {type(pl_module.teacher).__name__}; MeanTeacher brings its own. "
-                "Pass `teacher=None`, or remove the callback."
-            )
-        refuse_averaging_before(self, trainer)
-        teacher = EMATeacher(pl_module.copy_student(), self.buffers).to(pl_module.device)
-        teacher.tap(dict.fromkeys(name for term in pl_module.terms.values() for name in term.teacher_taps))  # type: ignore[union-attr]
-        pl_module.teacher = teacher
+        bring_teacher(self, trainer, pl_module, lambda student: EMATeacher(student, self.buffers), EMATeacher)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn how many steps an epoch has."""
@@ -108,12 +90,12 @@ class MeanTeacher(L.Callback):
             batches = trainer.num_training_batches
             if not 0 < batches < float("inf"):
                 raise ValueError(
-                    "`momentum='auto'` needs the length of an epoch, which this data loader does not have. Give a number."
+                    "`momentum='auto'` needs the length of an epoch, which this data loader does not have. Give a "
+                    "number."
                 )
             steps = -(-int(batches) // trainer.accumulate_grad_batches)
             self._alpha = scale_momentum(momentum_alpha(1, steps, self.averaging), self.every_n_steps)
         else:
-            assert not isinstance(self.momentum, str)
             self._alpha = scale_momentum(self.momentum, self.every_n_steps)
         _warn_of_coarse_averages(pl_module.teacher, self._alpha)  # type: ignore[arg-type]
 
@@ -144,21 +126,4 @@ def _warn_of_coarse_averages(teacher: EMATeacher, alpha: float) -> None:
                 f"The average is kept in {dtype}, in which a step of {1 - alpha:.1g} of the way to the student is "
                 "mostly rounded away: the teacher will hardly follow. Train with `precision='bf16-mixed'`, which keeps "
                 "weights in float32, or lower `momentum`."
-            )
-
-
-def refuse_averaging_before(callback: L.Callback, trainer: L.Trainer) -> None:
-    """Refuse a callback that copies the whole module before ``callback`` has added its teacher to it.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    averaging = getattr(L.pytorch.callbacks, "WeightAveraging", ())  # since Lightning 2.6
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for other in callbacks[: callbacks.index(callback)]:
-        if isinstance(other, averaging):
-            name = type(callback).__name__
-            raise ValueError(
-                f"{type(other).__name__} is listed before {name}: it has copied the module without its teacher, and "
-                f"would mix up their weights. List {name} first: `callbacks=[{name}(...), {type(other).__name__}(...)]`."
             )

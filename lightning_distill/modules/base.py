@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +177,8 @@ class DistillationModule(L.LightningModule):
         """
         with inference(self.student):
             step = self.observe(batch)
+            if step.teacher is None and self.teacher is not None:
+                step.teacher = self.teacher.rehearse(batch, self.task)
             for term in self.terms.values():
                 if isinstance(term, Term) and is_unbuilt(term):
                     term.build(step)
@@ -312,22 +314,19 @@ class DistillationModule(L.LightningModule):
             FileExistsError: If there is something at ``path`` and ``overwrite`` is False.
             ValueError: If ``path`` is neither.
         """
-        names = self._taps.names
-        self._taps.remove()  # hooks would be copied
-        try:
-            student = standalone(self.student)
-        finally:
-            self._taps = Taps(self.student, names)
+        with self.untapped() as network:
+            student = standalone(network)
         if path is not None:
             write_network(student, Path(path), overwrite=overwrite)
         return student
 
-    def copy_student(self) -> nn.Module:
-        """A copy of the student as it is now, without the taps that terms have on it."""
+    @contextmanager
+    def untapped(self) -> Iterator[nn.Module]:
+        """Within this context the student has no taps and can be copied: copied hooks would report to this module."""
         names = self._taps.names
-        self._taps.remove()  # hooks would be copied, and then report what the copy says as the student's
+        self._taps.remove()
         try:
-            return copy.deepcopy(self.student)
+            yield self.student
         finally:
             self._taps = Taps(self.student, names)
 

@@ -152,7 +152,9 @@ class BornAgain(DistillationModule):
         _check_choice("predict_with", predict_with, ("last", "best", "ensemble"))
         _check_choice("mode", mode, ("max", "min"))
         if predict_with == "best" and monitor is None:
-            raise ValueError("`predict_with='best'` needs a `monitor` that says what is best: `monitor='val/accuracy'`.")
+            raise ValueError(
+                "`predict_with='best'` needs a `monitor` that says what is best: `monitor='val/accuracy'`."
+            )
         task = build_task(task)
         network = task.load(student).train() if isinstance(student, str) else student
         if generations > 1 and reinitialize is None and isinstance(network, nn.Module):
@@ -166,6 +168,8 @@ class BornAgain(DistillationModule):
             if isinstance(network, nn.Module)
             else None  # refused by the base class
         )
+        # The best weights of this generation, which become the teacher, and of all epochs, which are exported.
+        best = {name: untrained_copy(network) for name in ("generation", "run") if monitor is not None and teacher}
         super().__init__(
             network,
             teacher,
@@ -193,9 +197,7 @@ class BornAgain(DistillationModule):
         self._settings = settings
         self._own_weights = set(weights) if isinstance(weights, Mapping) else set()
         self._defaults = Generation(batch_transform, getattr(own["hard"], "label_smoothing", None), alpha, None)
-        # The best weights of this generation, which become the teacher, and of all epochs, which are exported.
-        copied = ("generation", "run") if monitor is not None else ()
-        self.best = nn.ModuleDict({name: untrained_copy(teacher.networks[0]) for name in copied if teacher is not None})
+        self.best = nn.ModuleDict(best)
         self._best: dict[str, float] = {}
         self._enter()
 
@@ -307,7 +309,8 @@ class BornAgain(DistillationModule):
                 parameter.requires_grad_(theirs.requires_grad)
         else:
             self._check_kept()
-            members = [super(BornAgain, self).export(), *map(standalone, self.teacher.members())]
+            with self.untapped() as student, self.teacher.untapped() as past:
+                members = [standalone(member) for member in (student, *past)]
             network = MeanPrediction(members, probabilities=self.task.imitable).eval()
         if path is not None:
             write_network(network, Path(path), overwrite=overwrite)
@@ -342,8 +345,8 @@ class BornAgain(DistillationModule):
         epochs = self.epochs or most // generations
         if most > epochs * generations:
             raise ValueError(
-                f"The Trainer's `max_epochs` is {most}, but {generations} generations of {epochs} epochs are over after "
-                f"{epochs * generations}. Make them equal."
+                f"The Trainer's `max_epochs` is {most}, but {generations} generations of {epochs} epochs are over "
+                f"after {epochs * generations}. Make them equal."
             )
         return epochs
 
@@ -367,7 +370,8 @@ class BornAgain(DistillationModule):
             if "generation" not in self._best:
                 raise ValueError(
                     f"Generation {self.generation} is over without a validation, so that there is no best "
-                    f"{self.monitor!r}. Validate in every generation (`check_val_every_n_epoch`), or leave `monitor` out."
+                    f"{self.monitor!r}. Validate in every generation (`check_val_every_n_epoch`), or leave out "
+                    "`monitor`."
                 )
             copy_weights(self.best["generation"], self.student)
             del self._best["generation"]
@@ -395,21 +399,23 @@ class BornAgain(DistillationModule):
             return run_untrained(self._best_network(), batch, self.task).logits
         self._check_kept()
         logits = torch.stack([run_untrained(network, batch, self.task).logits for network in self.networks()])
-        return mean_prediction(logits, logits.new_full((len(logits),), 1 / len(logits)), probabilities=self.task.imitable)
+        return mean_prediction(
+            logits, logits.new_full((len(logits),), 1 / len(logits)), probabilities=self.task.imitable
+        )
 
     def _best_network(self) -> nn.Module:
         if "run" not in self._best:
             raise ValueError(
-                "There are no best weights: `monitor` was not given, or there was no validation. Use `which='last'`, or "
-                "train with `monitor='val/accuracy'`."
+                "There are no best weights: `monitor` was not given, or there was no validation. Use `which='last'`, "
+                "or train with `monitor='val/accuracy'`."
             )
         return self.best["run"]
 
     def _check_kept(self) -> None:
         if not self.keep and self.generation > 1:
             raise ValueError(
-                f"The ensemble needs all {self.generation + 1} generations, but only the last two were kept. Train with "
-                "`keep=True` or `predict_with='ensemble'`."
+                f"The ensemble needs all {self.generation + 1} generations, but only the last two were kept. Train "
+                "with `keep=True` or `predict_with='ensemble'`."
             )
 
 

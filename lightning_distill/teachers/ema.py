@@ -124,7 +124,7 @@ class EMATeacher(Teacher):
         self.network = untrained_copy(student)
         self.buffers_are: Buffers = buffers
         self.updates = 0
-        self._names: tuple[str, ...] = ()
+        self._taps = Taps(self.network, ())
 
     @torch.no_grad()
     def update(self, student: nn.Module, alpha: float) -> None:
@@ -134,9 +134,11 @@ class EMATeacher(Teacher):
             student: The network that was copied, now further trained.
             alpha: How much of the average stays, in [0, 1).
         """
-        ours, theirs = list(self.network.parameters()), list(student.parameters())
+        ours: list[Tensor] = list(self.network.parameters())
+        theirs: list[Tensor] = list(student.parameters())
         if self.buffers_are == "ema":
-            ours, theirs = [*ours, *self.network.buffers()], [*theirs, *student.buffers()]
+            ours += self.network.buffers()
+            theirs += student.buffers()
         else:
             ema_update_(list(self.network.buffers()), list(student.buffers()), 0.0)
         ema_update_(ours, theirs, alpha)
@@ -144,13 +146,12 @@ class EMATeacher(Teacher):
 
     def forward(self, batch: Any, task: Task) -> Outputs:
         """What the average says about ``batch``, without a graph."""
-        return run_untrained(self.network, batch, task, self._names)
+        return run_untrained(self.network, batch, task, self._taps)
 
     def tap(self, names: Iterable[str]) -> None:
-        """Keep the activations of these submodules in ``Outputs.features``; replaces earlier taps."""
-        taps = Taps(self.network, names)  # refuses unknown names
-        taps.remove()
-        self._names = taps.names
+        """Keep the activations with these names in ``Outputs.features``; replaces earlier taps."""
+        self._taps.remove()
+        self._taps = Taps(self.network, names)
 
     def distance(self, student: nn.Module) -> float:
         """How far the average is behind: distance of the weights over their norm; 0 if they are equal."""
@@ -172,8 +173,11 @@ def check_momentum(alpha: float) -> None:
     """Refuse a momentum with which nothing would move, or something would grow.
 
     Raises:
-        ValueError: If ``alpha`` is outside [0, 1).
+        TypeError: If ``alpha`` is no number.
+        ValueError: If it is outside [0, 1).
     """
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"The momentum of a moving average must be a number, got {alpha!r}.")
     if not 0 <= alpha < 1:  # also rejects NaN
         raise ValueError(
             f"The momentum of a moving average must be in [0, 1), got {alpha}. 0.99 looks back over about 100 updates; "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class PastTeacher(Teacher):
         self.weights = check_weights(weights, size)
         self.networks = nn.ModuleList(untrained_copy(student) for _ in range(size))
         self.remembered = 0  # in all, those that were overwritten included
-        self._names: tuple[str, ...] = ()
+        self._taps = [Taps(network, ()) for network in self.networks]
 
     @property
     def ready(self) -> bool:
@@ -62,8 +63,7 @@ class PastTeacher(Teacher):
 
     def members(self) -> list[nn.Module]:
         """The networks that were remembered, newest first."""
-        size = len(self.networks)
-        return [self.networks[(self.remembered - 1 - age) % size] for age in range(min(self.remembered, size))]
+        return [self.networks[place] for place in self._places()]
 
     def remember(self, student: nn.Module) -> None:
         """Copy the weights and buffers of ``student`` into the place of the oldest network."""
@@ -75,11 +75,11 @@ class PastTeacher(Teacher):
         if not self.ready:
             return None
         pairs = [
-            (network, weight)
-            for network, weight in zip(self.members(), self.weights, strict=False)  # fewer at the beginning
+            (place, weight)
+            for place, weight in zip(self._places(), self.weights, strict=False)  # fewer at the beginning
             if weight > 0
         ]
-        said = [run_untrained(network, batch, task, self._names) for network, _ in pairs]
+        said = [run_untrained(self.networks[place], batch, task, self._taps[place]) for place, _ in pairs]
         if len(said) == 1:
             return said[0]
         logits = torch.stack([outputs.logits for outputs in said])
@@ -88,11 +88,26 @@ class PastTeacher(Teacher):
         mean = mean_prediction(logits, weights, probabilities=task.imitable)
         return PastOutputs(mean, members=logits, weights=weights, features=said[0].features)
 
+    def rehearse(self, batch: Any, task: Task) -> Outputs:
+        """What one of the copies says, whatever its weights are."""
+        return run_untrained(self.networks[0], batch, task, self._taps[0])
+
     def tap(self, names: Iterable[str]) -> None:
-        """Keep the activations of these submodules of the newest network; replaces earlier taps."""
-        taps = Taps(self.networks[0], names)  # refuses unknown names
-        taps.remove()
-        self._names = taps.names
+        """Keep these activations, of the newest network, in ``Outputs.features``; replaces earlier taps."""
+        names = tuple(names)
+        for taps in self._taps:
+            taps.remove()
+        self._taps = [Taps(network, names) for network in self.networks]
+
+    @contextmanager
+    def untapped(self) -> Iterator[list[nn.Module]]:
+        """Within this context :meth:`members` have no taps, so that they can be copied."""
+        names = self._taps[0].names
+        self.tap(())
+        try:
+            yield self.members()
+        finally:
+            self.tap(names)
 
     def get_extra_state(self) -> dict[str, int]:
         """How many networks were remembered, for the checkpoint."""
@@ -101,6 +116,11 @@ class PastTeacher(Teacher):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Put :meth:`get_extra_state` back."""
         self.remembered = state["remembered"]
+
+    def _places(self) -> list[int]:
+        """Where the networks that were remembered stand, newest first."""
+        size = len(self.networks)
+        return [(self.remembered - 1 - age) % size for age in range(min(self.remembered, size))]
 
 
 class MeanPrediction(nn.Module):
@@ -159,19 +179,18 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
             ours.copy_(theirs)
 
 
-def run_untrained(network: nn.Module, batch: Any, task: Task, taps: Iterable[str] = ()) -> Outputs:
+def run_untrained(network: nn.Module, batch: Any, task: Task, taps: Taps | None = None) -> Outputs:
     """What ``network`` says in eval mode and without gradients, with the activations of ``taps``.
 
     Its mode is switched for this call only. The Trainer may call ``train()`` whenever it likes, and does not warn of
     modules that it finds in eval mode.
     """
-    kept = Taps(network, taps)
-    try:
-        with inference(network):
+    with inference(network):
+        if taps is None:
+            return task.run(network, batch)
+        with taps.recording() as features:
             outputs = task.run(network, batch)
-        outputs.features.update(kept.take())
-    finally:
-        kept.remove()
+    outputs.features.update(features)
     return outputs
 
 
