@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -35,8 +36,8 @@ def best_generation(
     """
     sign = 1 if mode == "max" else -1
     best = 0
-    for generation, value in enumerate(values):
-        if sign * (value - values[best]) > min_delta:
+    for generation, value in enumerate(values):  # NaN: nobody knows
+        if sign * (value - values[best]) > min_delta or (math.isnan(values[best]) and not math.isnan(value)):
             best = generation
     late = len(values) - 1 - best >= patience
     return best, late or (max_generations is not None and len(values) >= max_generations)
@@ -60,7 +61,7 @@ class GenerationEarlyStopping(L.Callback):
         TypeError: At the start of the training, if the module is no ``BornAgain``.
 
     Attributes:
-        values: What each generation reached.
+        values: What each generation reached; NaN where a resume has left the last validation out.
         best: The best generation, counted from 0.
     """
 
@@ -106,6 +107,8 @@ class GenerationEarlyStopping(L.Callback):
                 f"`monitor` is {self.monitor!r}, but generation {pl_module.generation} has no such metric; there are: "
                 f"{', '.join(known) or '(none: no validation)'}."
             )
+        # A generation is missing where Lightning has resumed from its last step, and left its last validation out.
+        self.values += [math.nan] * (pl_module.generation - len(self.values))
         self.values.append(float(trainer.callback_metrics[name]))
         self.best, stop = best_generation(
             self.values,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from torch import nn
@@ -61,10 +62,15 @@ class SnapshotTeacher(L.Callback):
                 f"{list(pl_module.terms)}. Keep a term on labels (`alpha` above 0)."
             )
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take a snapshot, if it is time."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            teacher, student = pl_module.teacher, pl_module.student
-            assert isinstance(teacher, PastTeacher)
-            assert isinstance(student, nn.Module)
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take a snapshot of what the epochs before have left, if it is time.
+
+        Not at their end: Lightning leaves that out where it resumes from the last step of an epoch.
+        """
+        teacher, student = pl_module.teacher, pl_module.student
+        assert isinstance(teacher, PastTeacher)
+        assert isinstance(student, nn.Module)
+        if teacher.remembered < trainer.current_epoch // self.every_n_epochs:
             teacher.remember(student)

@@ -45,11 +45,13 @@ class SoftLabelRefinement(L.Callback):
             raise ValueError(f"`samples`, the size of the training set, must be at least 1, got {samples}.")
         self.alpha = alpha
         self.samples = samples
+        self._epoch = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Bring the teacher and the term."""
         if stage != "fit":
             return
+        self._epoch = 0
         samples = self.samples or getattr(getattr(trainer, "datamodule", None), "train_size", None)
         if samples is None:
             raise ValueError(
@@ -73,22 +75,30 @@ class SoftLabelRefinement(L.Callback):
         else:
             pl_module.terms["hard"] = RefinedTargets(hard, self.alpha, trainer.max_epochs)  # type: ignore[arg-type]
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the predictions of this epoch be those of the epoch before."""
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """In a new epoch, let the predictions so far be those of the epoch before.
+
+        Not at its end: Lightning leaves that out where it resumes from the last step of an epoch.
+        """
         teacher = pl_module.teacher
         assert isinstance(teacher, PreviousPredictions)
-        teacher.next_epoch()
+        if self._epoch < trainer.current_epoch:
+            self._epoch = trainer.current_epoch
+            teacher.next_epoch()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the predictions of all processes."""
         if not isinstance(pl_module.teacher, PreviousPredictions):
             return
         teacher = pl_module.teacher
-        checkpoint[STATE] = {"previous": teacher.previous, "present": teacher.merged()}
+        checkpoint[STATE] = {"epoch": self._epoch, "previous": teacher.previous, "present": teacher.merged()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the predictions back."""
         if not isinstance(pl_module.teacher, PreviousPredictions):  # a test, say
             return
         teacher, state = pl_module.teacher, checkpoint[STATE]
+        self._epoch = state["epoch"]
         teacher.previous, teacher.present = state["previous"], state["present"]

@@ -73,6 +73,9 @@ class BornAgain(DistillationModule):
     more by generation: ``val/accuracy/generation_0`` ...; ``val/agreement`` and ``val/fidelity`` compare a generation
     with the one before.
 
+    A resumed run continues exactly, but for one thing that is Lightning's: a validation that came right after the step
+    of the checkpoint is not made up for, and cannot be the best one.
+
     Generations of a student that fits soft labels exactly tend to the labels again, at the rate ``1 - alpha``: what
     they gain, they gain from limited capacity, regularization and few steps. See
     :func:`~lightning_distill.diagnostics.convergence_diagnostics` for what yours do.
@@ -226,10 +229,12 @@ class BornAgain(DistillationModule):
 
     def on_train_epoch_start(self) -> None:
         """Begin the next generation when the last one is over."""
-        due = min(self.trainer.current_epoch // self._length, self.generations - 1)
-        while self.generation < due:
-            self._begin_next()
+        self._begin_due()
         self.log("generation", float(self.generation), batch_size=1)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The same; Lightning leaves the start of an epoch out where it resumes from the end of the one before."""
+        self._begin_due()
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, once more by generation, and keep the best weights."""
@@ -363,6 +368,11 @@ class BornAgain(DistillationModule):
             assert alpha is not None
             present = {"hard": 1.0, "soft": 0.0} if self.generation == 0 else {"hard": alpha, "soft": 1.0 - alpha}
             self.weighting.values.update({k: v for k, v in present.items() if k not in self._own_weights})
+
+    def _begin_due(self) -> None:
+        due = min(self.trainer.current_epoch // self._length, self.generations - 1)
+        while self.generation < due:
+            self._begin_next()
 
     def _begin_next(self) -> None:
         """The student becomes the teacher and starts anew."""

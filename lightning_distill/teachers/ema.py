@@ -160,13 +160,13 @@ class EMATeacher(Teacher):
         size = torch.stack([theirs.detach().float().norm() for _, theirs in pairs]).norm()
         return float(apart / size.clamp_min(torch.finfo(size.dtype).tiny))
 
-    def get_extra_state(self) -> dict[str, int]:
+    def get_extra_state(self) -> Tensor:
         """The number of updates, for the checkpoint."""
-        return {"updates": self.updates}
+        return torch.tensor(self.updates)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Put :meth:`get_extra_state` back."""
-        self.updates = state["updates"]
+        self.updates = int(state)
 
 
 def check_momentum(alpha: float) -> None:

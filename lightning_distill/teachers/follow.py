@@ -42,7 +42,7 @@ class FollowedTeacher(FrozenTeacher):
     replaces a file with weights as a whole (a Lightning checkpoint of one of our modules, a ``.safetensors`` file). A
     file that cannot be read, because it is being written, is tried again at the next look.
 
-    It looks at the first batch, where it waits for a first version, and then at every ``check_every``-th training batch.
+    It looks at the first batch, where it waits for a first version, and then at every ``check_every``-th training one.
     All processes of a DDP run take the same version, the one that the first process finds; they must see the same
     folder. A resumed run starts with what is newest then: what it learnt from whom is not repeatable.
 

@@ -109,13 +109,13 @@ class PastTeacher(Teacher):
         finally:
             self.tap(names)
 
-    def get_extra_state(self) -> dict[str, int]:
+    def get_extra_state(self) -> Tensor:
         """How many networks were remembered, for the checkpoint."""
-        return {"remembered": self.remembered}
+        return torch.tensor(self.remembered)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Put :meth:`get_extra_state` back."""
-        self.remembered = state["remembered"]
+        self.remembered = int(state)
 
     def _places(self) -> list[int]:
         """Where the networks that were remembered stand, newest first."""
@@ -149,7 +149,7 @@ def mean_prediction(logits: Tensor, weights: Tensor, *, probabilities: bool = Tr
     Args:
         logits: Shape ``(k, items..., C)``.
         weights: Shape ``(k,)``, sum 1, all positive.
-        probabilities: Whether to average ``softmax(logits)`` and return its logarithm; otherwise ``logits`` are averaged.
+        probabilities: Whether to average ``softmax(logits)`` and return its logarithm, or ``logits`` themselves.
 
     Returns:
         Shape ``(items..., C)``, float32 or wider.
