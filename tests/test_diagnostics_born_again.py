@@ -226,13 +226,13 @@ def test_the_slope_reports_its_uncertainty():
 
 BAD = {
     "shapes": (lambda: fixed_point_gap(torch.ones(2), torch.ones(3)), r"same shape, got \(2,\) and \(3,\)"),
-    "direction": (lambda: ban_operator(*[torch.ones(2) / 2] * 2, 1.0, direction="both"), "`direction` must be 'forward'"),
-    "lam": (lambda: ban_operator(*[torch.ones(2) / 2] * 2, 0.0), "`lam`, the weight of the divergence, must be positive"),
+    "direction": (lambda: ban_operator(*[torch.ones(2) / 2] * 2, 1.0, direction="both"), "`direction` must be"),
+    "lam": (lambda: ban_operator(*[torch.ones(2) / 2] * 2, 0.0), "`lam`, the weight .* must be positive"),
     "one generation": (lambda: convergence_diagnostics([torch.ones(2, 2)]), "two or more generations, got 1"),
     "one error": (lambda: fit_generation_bound([0.1], 10), "two or more generations, got 1"),
     "no samples": (lambda: fit_generation_bound([0.1, 0.2], 0), "`n`, the number of training samples, .* got 0"),
     "ridge": (lambda: ridge_generations(torch.eye(2), torch.ones(2), 0.0, 1.0, 1), "`ridge` must be positive, got 0.0"),
-    "kernel": (lambda: ridge_generations(torch.eye(3), torch.ones(2), 1.0, 1.0, 1), r"shape \(2, 2\) for these targets"),
+    "kernel": (lambda: ridge_generations(torch.eye(3), torch.ones(2), 1.0, 1.0, 1), r"shape \(2, 2\) for these"),
     "moments": (lambda: ema_report(torch.ones(1, 2, 2), torch.ones(1, 2, 2)), "two or more moments, got one"),
     "moments' shape": (lambda: ema_report(torch.ones(2, 2), torch.ones(2, 2)), r"shape \(moments, items, classes\)"),
     "steps": (lambda: ema_convergence_slope((10,)), "`steps` must be two or more positive numbers"),

@@ -56,10 +56,12 @@ class SnapshotTeacher(L.Callback):
             self, trainer, pl_module, lambda student: PastTeacher(student, self.size, self.weights), PastTeacher
         )
         assert isinstance(pl_module, DistillationModule)
-        if len(needing_teacher(pl_module)) == len(pl_module.terms):
+        weights = pl_module.weighting.weights()
+        needy = needing_teacher(pl_module)
+        if not any(float(weights.get(name, 1.0)) > 0 for name in pl_module.terms if name not in needy):
             raise ValueError(
-                "Before the first snapshot there is nobody to learn from, and all loss terms need a teacher: "
-                f"{list(pl_module.terms)}. Keep a term on labels (`alpha` above 0)."
+                "Before the first snapshot there is nobody to learn from, and all loss terms with a weight need a "
+                f"teacher: {needy}. Keep a term on labels (`alpha` above 0)."
             )
 
     def on_train_batch_start(

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -274,7 +275,7 @@ def test_features_of_the_generation_before_can_be_matched(make_trainer):
         network(), generations=2, optimizer=sgd, terms={"hint": FeatureMatching({"2": "2"})}, weights={"hint": 0.1}
     )
     module.build(next(iter(loader())))
-    trainer, spy = fit(make_trainer, module, epochs=2)
+    trainer, _ = fit(make_trainer, module, epochs=2)
     assert trainer.callback_metrics["val/hint/generation_1"] > 0
     exported = module.export()
     assert not any(part._forward_hooks for part in exported.modules())
@@ -325,18 +326,12 @@ def test_early_stopping_ends_the_run(make_trainer, tmp_path):
     again = GenerationEarlyStopping()
     again.load_state_dict(stopping.state_dict())
     assert (again.values, again.best) == (stopping.values, stopping.best)
+    unknown = GenerationEarlyStopping("val/nothing")
     with pytest.raises(
         ValueError, match=r"`monitor` is 'val/nothing', but generation 0 has no such metric.*val/accuracy"
     ):
-        fit(
-            make_trainer,
-            BornAgain(network(), generations=2),
-            callbacks=[GenerationEarlyStopping("val/nothing")],
-            epochs=2,
-        )
+        fit(make_trainer, BornAgain(network(), generations=2), callbacks=[unknown], epochs=2)
     with pytest.raises(TypeError, match="needs a BornAgain module, got BoringModel"):
-        from lightning.pytorch.demos.boring_classes import BoringModel
-
         make_trainer(max_epochs=1, callbacks=[GenerationEarlyStopping()]).fit(BoringModel())
 
 
@@ -402,7 +397,7 @@ def test_bad_arguments_are_refused(name):
 BAD_RUNS = {
     "more generations than epochs": ({"generations": 5}, 3, "`generations` is 5, but the Trainer's `max_epochs` is 3"),
     "no whole generations": ({"generations": 2}, 3, "`max_epochs`, 3, cannot be divided into 2 .* Set it to 2 or 4"),
-    "epochs left": ({"generations": 2, "epochs": 1}, 3, "`max_epochs` is 3, but 2 generations of 1 epochs are over after 2"),
+    "epochs left": ({"generations": 2, "epochs": 1}, 3, "is 3, but 2 generations of 1 epochs are over after 2"),
     "no epochs": ({}, -1, "`BornAgain` counts epochs: give the Trainer `max_epochs`"),
     "monitor": ({"monitor": "val/f1"}, 3, "`monitor` is 'val/f1', but the validation gave val/accuracy, val/nll"),
 }  # fmt: skip
