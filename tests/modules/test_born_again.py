@@ -282,6 +282,19 @@ def test_features_of_the_generation_before_can_be_matched(make_trainer):
     assert module.networks()[-1] is module.student
 
 
+def test_a_compiled_student_goes_on_through_generations(make_trainer):
+    students = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        module = BornAgain(network(), generations=3, optimizer=sgd, predict_with="ensemble")
+        if compiled:
+            module.student.compile(backend="eager")
+        make_trainer(max_epochs=3).fit(module, loader())
+        students.append(module.export(which="ensemble").state_dict())
+    assert students[0].keys() == students[1].keys()
+    assert equal(students[1], students[0])
+
+
 def test_regression_generations_average_predictions(make_trainer):
     x = torch.randn(32, 8)
     data = DataLoader(TensorDataset(x, x[:, :2] * 2), batch_size=8)
