@@ -292,13 +292,15 @@ class DistillationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of every process's random numbers; leave the frozen base under a PEFT adapter out."""
         checkpoint["random_states"] = random_states_of_all_ranks()
-        leave_base_out(checkpoint, self.student)
+        for name, network in self.student_networks().items():
+            leave_base_out(checkpoint, network, prefix=f"{name}.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random numbers' state until the training starts; put the student's own base under an adapter."""
         self._random_states = checkpoint.get("random_states")
-        put_base_back(checkpoint, self.student)
         _leave_teacher_out(checkpoint, self)
+        for name, network in self.student_networks().items():
+            put_base_back(checkpoint, network, prefix=f"{name}.")
 
     def export(self, path: str | Path | None = None, *, overwrite: bool = False) -> nn.Module:
         """The student alone: its own class, in eval mode, on the CPU, with no trace of the distillation.
@@ -319,6 +321,11 @@ class DistillationModule(L.LightningModule):
         if path is not None:
             write_network(student, Path(path), overwrite=overwrite)
         return student
+
+    def student_networks(self) -> dict[str, nn.Module]:
+        """The student and the copies of it that training needs, by their names in the module's checkpoints."""
+        copies = self.teacher.copies() if self.teacher is not None else {}
+        return {"student": self.student} | {f"teacher.{name}": network for name, network in copies.items()}
 
     @contextmanager
     def untapped(self) -> Iterator[nn.Module]:

@@ -213,6 +213,10 @@ class BornAgain(DistillationModule):
         """The generations so far, in their order: those that were kept, and the student."""
         return [*reversed(self.teacher.members()), self.student]
 
+    def student_networks(self) -> dict[str, nn.Module]:
+        """The student, the generations before and the best weights, by their names in the module's checkpoints."""
+        return super().student_networks() | {f"best.{name}": network for name, network in self.best.items()}
+
     # The Trainer's hooks.
 
     def on_fit_start(self) -> None:

@@ -148,6 +148,10 @@ class EMATeacher(Teacher):
         """What the average says about ``batch``, without a graph."""
         return run_untrained(self.network, batch, task, self._taps)
 
+    def copies(self) -> dict[str, nn.Module]:
+        """The average."""
+        return {"network": self.network}
+
     def tap(self, names: Iterable[str]) -> None:
         """Keep the activations with these names in ``Outputs.features``; replaces earlier taps."""
         self._taps.remove()

@@ -92,6 +92,10 @@ class PastTeacher(Teacher):
         """What one of the copies says, whatever its weights are."""
         return run_untrained(self.networks[0], batch, task, self._taps[0])
 
+    def copies(self) -> dict[str, nn.Module]:
+        """All places, filled or not."""
+        return {f"networks.{place}": network for place, network in enumerate(self.networks)}
+
     def tap(self, names: Iterable[str]) -> None:
         """Keep these activations, of the newest network, in ``Outputs.features``; replaces earlier taps."""
         names = tuple(names)

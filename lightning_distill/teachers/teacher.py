@@ -38,6 +38,10 @@ class Teacher(nn.Module):
     def see(self, step: Step) -> None:
         """Called after each training batch with what was said about it, for teachers that learn from the student."""
 
+    def copies(self) -> dict[str, nn.Module]:
+        """Copies of the student that are part of this module, and so of checkpoints, by their names in it."""
+        return {}
+
     def tap(self, names: Iterable[str]) -> None:
         """Provide the activations of these names in ``Outputs.features`` from now on.
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -244,6 +245,31 @@ def test_an_adapters_frozen_base_is_shared():
     assert student[3].weight.requires_grad
     assert teacher.distance(student) == 0
     teacher.update(student, 0.5)
+
+
+def test_the_base_under_an_adapter_stands_in_no_checkpoint(make_trainer, tmp_path):
+    def adapted(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return get_peft_model(network(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "4.ckpt")
+
+    straight = KD(adapted(1), alpha=0.5, optimizer=sgd)
+    make_trainer(max_epochs=2, callbacks=[MeanTeacher(0.9), Save()]).fit(straight, loader())
+    state = torch.load(tmp_path / "4.ckpt", weights_only=True)["state_dict"]
+    weights = {name for name in state if "num_batches" not in name and "running" not in name and "_extra" not in name}
+    assert {name.split(".")[0] for name in weights} == {"student", "teacher"}
+    assert all("lora" in name for name in weights)
+    resumed = KD(adapted(2), alpha=0.5, optimizer=sgd)
+    make_trainer(max_epochs=2, callbacks=[MeanTeacher(0.9)]).fit(resumed, loader(), ckpt_path=tmp_path / "4.ckpt")
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    alone = KD.load_from_checkpoint(tmp_path / "4.ckpt", student=adapted(3), weights_only=True)
+    assert alone.teacher is None
 
 
 def test_a_coarse_average_is_warned_of(make_trainer):
