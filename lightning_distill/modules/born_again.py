@@ -66,7 +66,8 @@ class BornAgain(DistillationModule):
     divergence beside a hard loss of weight 1 is ``(1 - alpha) / alpha``.
 
     Nothing is exchanged but numbers: parameters stay the same objects, so that DDP, compiled networks and checkpoints
-    go on working. The teacher is in the checkpoints, as training cannot go on without it. Schedules that callbacks keep
+    go on working. (Projections of the terms are not made anew.) The teacher is in the checkpoints, as training cannot
+    go on without it. Schedules that callbacks keep
     (temperature, weights) go over the whole training; schedulers of the optimizer over one generation.
 
     Logs, beside what :class:`DistillationModule` does, ``generation`` in every epoch and the validation metrics once
@@ -282,7 +283,8 @@ class BornAgain(DistillationModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the generation that the checkpoint is of."""
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint["born_again"]
+        if (state := checkpoint.get("born_again")) is None:
+            raise ValueError("The checkpoint is of no `BornAgain`: it does not say which generation it is of.")
         if self.epochs is not None and state["epochs"] not in (None, self.epochs):
             raise ValueError(
                 f"The checkpoint is of generations of {state['epochs']} epochs, `epochs` is {self.epochs}; go on with "
@@ -341,6 +343,8 @@ class BornAgain(DistillationModule):
         most, generations = self.trainer.max_epochs, self.generations
         if most is None or most < 1:
             raise ValueError("`BornAgain` counts epochs: give the Trainer `max_epochs` (and no `max_steps`).")
+        if self.epochs is None and self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 1  # generation 0 alone
         if self.epochs is None and most < generations:
             raise ValueError(
                 f"`generations` is {generations}, but the Trainer's `max_epochs` is {most}: each generation needs at "
@@ -362,11 +366,12 @@ class BornAgain(DistillationModule):
     def _enter(self) -> None:
         """Set what the present generation has of its own."""
         own, default = self._settings[self.generation], self._defaults
-        self.batch_transform = own.batch_transform or default.batch_transform
-        smoothing = default.label_smoothing if own.label_smoothing is None else own.label_smoothing
-        hard = self.terms["hard"]
-        if isinstance(hard, CrossEntropy) and smoothing is not None:
-            hard.label_smoothing = smoothing
+        # What no generation has of its own is left alone: a callback may have set it.
+        if any(settings.batch_transform is not None for settings in self._settings):
+            self.batch_transform = own.batch_transform or default.batch_transform
+        if any(settings.label_smoothing is not None for settings in self._settings):
+            smoothing = default.label_smoothing if own.label_smoothing is None else own.label_smoothing
+            self.terms["hard"].label_smoothing = smoothing  # type: ignore[assignment]  # checked to be a CrossEntropy
         if isinstance(self.weighting, FixedWeights):
             alpha = default.alpha if own.alpha is None else own.alpha
             assert alpha is not None

@@ -304,6 +304,22 @@ def test_regression_generations_average_predictions(make_trainer):
     torch.testing.assert_close(module.export()(x), mean)
 
 
+def test_what_no_generation_has_of_its_own_is_left_to_callbacks(make_trainer):
+    class Shift(L.Callback):
+        def setup(self, trainer, module, stage):
+            module.batch_transform = lambda batch: (batch[0] + 1, batch[1])
+
+    module = BornAgain(network(), generations=2, optimizer=sgd)
+    _, spy = fit(make_trainer, module, epochs=2, limit_train_batches=1, callbacks=[Shift()])
+    assert [step["transform"] is module.batch_transform for step in spy.seen] == [True, True]
+
+
+def test_a_fast_dev_run_is_one_batch_of_the_first_generation(make_trainer):
+    module = BornAgain(network(), generations=3, optimizer=sgd)
+    make_trainer(fast_dev_run=True).fit(module, loader(), loader())
+    assert module.generation == 0
+
+
 def test_the_user_may_weigh_the_terms(make_trainer):
     weighting = FixedWeights({"hard": 0.3, "soft": 2.0})
     module = BornAgain(network(), generations=2, weights={"hard": 0.3}, optimizer=sgd)
@@ -445,6 +461,8 @@ def test_other_bad_runs_are_refused(make_trainer, tmp_path):
     trainer.save_checkpoint(tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="The checkpoint is of generations of 1 epochs, `epochs` is 2"):
         BornAgain.load_from_checkpoint(tmp_path / "b.ckpt", student=network(), epochs=2)
+    with pytest.raises(ValueError, match="The checkpoint is of no `BornAgain`"):
+        module.on_load_checkpoint({"state_dict": {}})
     with pytest.raises(TypeError, match="`student` must be a torch Module, got int"):
         BornAgain(3)
     assert isinstance(module.terms["hard"], CrossEntropy)
