@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_distill.comparison import Comparison, Experiment, compare
-    from lightning_distill.modules import KD, DeepSupervision, DistillationModule, FeatureKD, StochasticDepthSelfKD
+    from lightning_distill.modules import (
+        KD,
+        BornAgain,
+        DeepSupervision,
+        DistillationModule,
+        FeatureKD,
+        StochasticDepthSelfKD,
+    )
     from lightning_distill.outputs import Outputs, Step
     from lightning_distill.tasks import CausalLM, Classification, Regression, SequenceClassification, Task
 
@@ -18,7 +25,14 @@ __version__ = "0.1.0.dev0"
 
 _ROOMS = {
     "lightning_distill.comparison": ("Comparison", "Experiment", "compare"),
-    "lightning_distill.modules": ("KD", "DeepSupervision", "DistillationModule", "FeatureKD", "StochasticDepthSelfKD"),
+    "lightning_distill.modules": (
+        "KD",
+        "BornAgain",
+        "DeepSupervision",
+        "DistillationModule",
+        "FeatureKD",
+        "StochasticDepthSelfKD",
+    ),
     "lightning_distill.outputs": ("Outputs", "Step"),
     "lightning_distill.tasks": ("CausalLM", "Classification", "Regression", "SequenceClassification", "Task"),
 }
@@ -26,6 +40,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "KD",
+    "BornAgain",
     "CausalLM",
     "Classification",
     "Comparison",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 Head = Literal["causal-lm", "sequence-classification", "image-classification", "encoder"]
@@ -180,6 +181,39 @@ class ConvNet2d(nn.Module):
         return logits
 
 
+class NoisyInput(nn.Module):
+    """``network`` with Gaussian noise on its input in training, and without in evaluation.
+
+    For a student whose teacher, its own average or past, is to see the inputs as they are.
+
+    Args:
+        network: Any network of one tensor.
+        std: Standard deviation of the noise, not negative.
+
+    Raises:
+        ValueError: If ``std`` is negative.
+
+    Example:
+        >>> import torch
+        >>> NoisyInput(MLP((4, 2)), std=0.1)(torch.zeros(3, 4)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, network: nn.Module, std: float = 0.1) -> None:
+        super().__init__()
+        if not std >= 0:
+            raise ValueError(f"`std` must not be negative, got {std}.")
+        self.network = network
+        self.std = std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What ``network`` says of ``x``, of the shape that it takes."""
+        if self.training and self.std > 0:
+            x = x + self.std * torch.randn_like(x)
+        said: Tensor = self.network(x)
+        return said
+
+
 def _conv_block_1d(channels: int, width: int, kernel_size: int = 5, stride: int = 2) -> nn.Sequential:
     convolution = nn.Conv1d(channels, width, kernel_size, stride=stride, padding=kernel_size // 2)
     return nn.Sequential(convolution, nn.BatchNorm1d(width), nn.ReLU())
@@ -231,4 +265,4 @@ def from_config(model_type: str, head: Head, config: Mapping[str, Any] | None = 
     return model.train()
 
 
-__all__ = ["MLP", "ConvNet1d", "ConvNet2d", "ResNet1d", "ResidualBlock1d", "from_config"]
+__all__ = ["MLP", "ConvNet1d", "ConvNet2d", "NoisyInput", "ResNet1d", "ResidualBlock1d", "from_config"]

@@ -9,6 +9,8 @@ from lightning_distill.callbacks.balanced_magnitudes import BalancedMagnitudes
 from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.curriculum import CurriculumResampling
 from lightning_distill.callbacks.difficulty import TaskDifficulty
+from lightning_distill.callbacks.ema_teacher import MeanTeacher
+from lightning_distill.callbacks.generations import GenerationEarlyStopping
 from lightning_distill.callbacks.gradient_alignment import GradientAlignment
 from lightning_distill.callbacks.gradient_log import GradientLog
 from lightning_distill.callbacks.gradient_variance import GradientVarianceTemperature
@@ -23,8 +25,11 @@ from lightning_distill.callbacks.layer_matching import (
     update_layer_weights,
 )
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
+from lightning_distill.callbacks.publish import PublishStudent
 from lightning_distill.callbacks.scheduled_weights import ScheduledWeights
 from lightning_distill.callbacks.selection import LogSelection
+from lightning_distill.callbacks.snapshot_teacher import SnapshotTeacher
+from lightning_distill.callbacks.soft_label_refinement import SoftLabelRefinement
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 from lightning_distill.callbacks.weight_report import WeightReport
 from lightning_distill.callbacks.weighting import MGDA, CAGrad, PCGrad, UncertaintyWeighting
@@ -36,17 +41,22 @@ __all__ = [
     "CacheWriter",
     "CurriculumResampling",
     "DynamicLayerWeights",
+    "GenerationEarlyStopping",
     "GradNorm",
     "GradientAlignment",
     "GradientLog",
     "GradientVarianceTemperature",
     "LogSelection",
+    "MeanTeacher",
     "OnPolicy",
     "PCGrad",
     "PerformanceHeadWeights",
     "ProgressiveLayers",
+    "PublishStudent",
     "RandomLayers",
     "ScheduledWeights",
+    "SnapshotTeacher",
+    "SoftLabelRefinement",
     "TaskDifficulty",
     "TemperatureAnnealing",
     "UncertaintyWeighting",

@@ -4,6 +4,17 @@ Everything is computed on the CPU in float64, without gradients. Entropies and i
 """
 
 from lightning_distill.diagnostics.attention import AttentionProfile, attention_distance_profile
+from lightning_distill.diagnostics.born_again import (
+    Convergence,
+    GenerationBound,
+    RidgeGenerations,
+    ban_operator,
+    convergence_diagnostics,
+    fit_generation_bound,
+    fixed_point_gap,
+    ridge_generations,
+    sd_regularizer,
+)
 from lightning_distill.diagnostics.bottleneck import (
     LayerInformation,
     ib_layer_importance,
@@ -32,6 +43,7 @@ from lightning_distill.diagnostics.information import (
 )
 from lightning_distill.diagnostics.interaction import synergy
 from lightning_distill.diagnostics.layer_profile import LayerProfile
+from lightning_distill.diagnostics.moving_average import ConvergenceSlope, EMAReport, ema_convergence_slope, ema_report
 from lightning_distill.diagnostics.norms import NormInformation, norm_information
 from lightning_distill.diagnostics.probes import linear_probe_profile
 from lightning_distill.diagnostics.soft_labels import (
@@ -45,31 +57,42 @@ from lightning_distill.diagnostics.soft_labels import (
 __all__ = [
     "AttentionProfile",
     "Conditioning",
+    "Convergence",
+    "ConvergenceSlope",
     "CrossEntropyParts",
     "CurriculumBenefit",
     "DarkKnowledge",
+    "EMAReport",
     "Estimate",
+    "GenerationBound",
     "GradientFlow",
     "GradientScale",
     "InformationGap",
     "LayerInformation",
     "LayerProfile",
     "NormInformation",
+    "RidgeGenerations",
     "SampleEfficiency",
     "SubnetAgreement",
     "TransferEfficiency",
     "Unit",
     "Verdict",
     "attention_distance_profile",
+    "ban_operator",
     "bootstrap_mean",
     "compare_conditioning",
     "condition_number",
+    "convergence_diagnostics",
     "cross_entropy_parts",
     "curriculum_benefit",
     "dark_information_gap",
     "dark_information_gap_from_joint",
     "dark_knowledge",
+    "ema_convergence_slope",
+    "ema_report",
     "empirical_rademacher",
+    "fit_generation_bound",
+    "fixed_point_gap",
     "ggn_spectrum",
     "gradient_flow_profile",
     "gradient_scale_curve",
@@ -80,7 +103,9 @@ __all__ = [
     "lanczos",
     "linear_probe_profile",
     "norm_information",
+    "ridge_generations",
     "sample_efficiency_curve",
+    "sd_regularizer",
     "subnet_agreement",
     "synergy",
     "transfer_efficiency",

@@ -26,6 +26,12 @@ from lightning_distill.losses.contrastive import (
 )
 from lightning_distill.losses.cross_task import CrossTaskTargets, cross_task_kd
 from lightning_distill.losses.cross_tokenizer import UniversalLogitDistance, universal_logit_distance
+from lightning_distill.losses.dark_knowledge import (
+    ConfidenceWeights,
+    PermutedTargets,
+    confidence_weights,
+    permute_other_classes,
+)
 from lightning_distill.losses.deep_supervision import LayerwiseKD, OnHeads, deep_supervision_loss, layerwise_kd
 from lightning_distill.losses.dist import DIST, inter_class_distance, intra_class_distance
 from lightning_distill.losses.distances import (
@@ -67,6 +73,7 @@ from lightning_distill.losses.language_modelling import (
 from lightning_distill.losses.lazy import Lazy, is_unbuilt
 from lightning_distill.losses.logit_standardization import LogitStandardization, standardize_logits
 from lightning_distill.losses.mixup import Mixup, mixup
+from lightning_distill.losses.refinement import KnownOutputs, RefinedTargets, refined_cross_entropy
 from lightning_distill.losses.regularizers import (
     ActivationSparsity,
     Decorrelation,
@@ -91,6 +98,7 @@ from lightning_distill.losses.soft_targets import (
     softened_log_softmax,
 )
 from lightning_distill.losses.targets import CrossEntropy, SquaredError, TeacherSquaredError, cross_entropy
+from lightning_distill.losses.temporal import PastOutputs, TemporalTargets, temporal_kd
 from lightning_distill.losses.term import Term, reduce_items, teacher_outputs
 from lightning_distill.losses.top_k import top_k_log_probs, topk_kl
 from lightning_distill.losses.top_k_targets import SparseKD, TopKTargets
@@ -111,6 +119,7 @@ __all__ = [
     "AttentionMatching",
     "AttentionSelfDistillation",
     "AuxiliaryHeads",
+    "ConfidenceWeights",
     "ContentPosition",
     "ContrastiveMatching",
     "Correlation",
@@ -127,6 +136,7 @@ __all__ = [
     "HierarchicalSelfKD",
     "InfoNCE",
     "KDItems",
+    "KnownOutputs",
     "LayerwiseKD",
     "Lazy",
     "LinearTransform",
@@ -139,9 +149,12 @@ __all__ = [
     "OnHeads",
     "PairSimilarity",
     "PairedLayers",
+    "PastOutputs",
+    "PermutedTargets",
     "PerturbationInfoNCE",
     "PooledSequence",
     "Procrustes",
+    "RefinedTargets",
     "SampledKD",
     "SampledTargets",
     "SimilarityMatching",
@@ -152,6 +165,7 @@ __all__ = [
     "SquaredError",
     "TeacherSquaredError",
     "TemporalInfoNCE",
+    "TemporalTargets",
     "Term",
     "TopKTargets",
     "UniversalLogitDistance",
@@ -160,6 +174,7 @@ __all__ = [
     "alignment_pairs",
     "auxiliary_head",
     "channels_last",
+    "confidence_weights",
     "cross_entropy",
     "cross_task_kd",
     "decorrelation",
@@ -184,7 +199,9 @@ __all__ = [
     "non_target_divergence",
     "pair_similarity",
     "per_item",
+    "permute_other_classes",
     "reduce_items",
+    "refined_cross_entropy",
     "resize",
     "sampled_kd",
     "similarity_matching",
@@ -197,6 +214,7 @@ __all__ = [
     "standardize_logits",
     "target_divergence",
     "teacher_outputs",
+    "temporal_kd",
     "top_k_log_probs",
     "topk_kl",
     "universal_logit_distance",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -173,7 +174,10 @@ class DistillationModule(L.LightningModule):
     def losses(self, step: Step) -> dict[str, Tensor]:
         """The loss of each term: scalars, means over the items that count."""
         return {
-            name: reduce_items(term(step), step.mask, self._weights_of(name, step)) for name, term in self.terms.items()
+            name: _nothing(step, term)
+            if step.teacher is None and self._awaiting_teacher and _needs_teacher(term)
+            else reduce_items(term(step), step.mask, self._weights_of(name, step))
+            for name, term in self.terms.items()
         }
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
@@ -196,6 +200,8 @@ class DistillationModule(L.LightningModule):
         """
         with inference(self.student):
             step = self.observe(batch)
+            if step.teacher is None and self.teacher is not None:
+                step.teacher = self.teacher.rehearse(batch, self.task)
             for term in self.terms.values():
                 if isinstance(term, Term) and is_unbuilt(term):
                     term.build(step)
@@ -217,6 +223,8 @@ class DistillationModule(L.LightningModule):
         self.live = Live(step, self.losses, items, over_ranks, self._scaler)
         total, losses = self.loss(step)
         self._loss_log.add(losses | self._parts(), total)
+        if self.teacher is not None:
+            self.teacher.see(step)
         return self._items.scale(total, items, over_ranks=over_ranks)
 
     def on_after_backward(self) -> None:
@@ -329,15 +337,18 @@ class DistillationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of every process's random numbers; leave the frozen base under a PEFT adapter out."""
         checkpoint["random_states"] = random_states_of_all_ranks()
-        leave_base_out(checkpoint, self.student)
+        for name, network in self.student_networks().items():
+            leave_base_out(checkpoint, network, prefix=f"{name}.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random numbers' state until the training starts; put the student's own base under an adapter."""
         self._random_states = checkpoint.get("random_states")
+        _leave_teacher_out(checkpoint, self)
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for key in [key for key in stored if key.startswith(_RULES) and key not in own]:
             del stored[key]  # a module for inference needs no rules
-        put_base_back(checkpoint, self.student)
+        for name, network in self.student_networks().items():
+            put_base_back(checkpoint, network, prefix=f"{name}.")
         resumes = self._attached is not None and self.trainer.state.fn == "fit"
         _leave_weighting_out(checkpoint["state_dict"], self.state_dict().keys(), resumes=resumes)
 
@@ -355,15 +366,26 @@ class DistillationModule(L.LightningModule):
             FileExistsError: If there is something at ``path`` and ``overwrite`` is False.
             ValueError: If ``path`` is neither.
         """
-        names = self._taps.names
-        self._taps.remove()  # hooks would be copied
-        try:
-            student = standalone(self.student)
-        finally:
-            self._taps = Taps(self.student, names)
+        with self.untapped() as network:
+            student = standalone(network)
         if path is not None:
             write_network(student, Path(path), overwrite=overwrite)
         return student
+
+    def student_networks(self) -> dict[str, nn.Module]:
+        """The student and the copies of it that training needs, by their names in the module's checkpoints."""
+        copies = self.teacher.copies() if self.teacher is not None else {}
+        return {"student": self.student} | {f"teacher.{name}": network for name, network in copies.items()}
+
+    @contextmanager
+    def untapped(self) -> Iterator[nn.Module]:
+        """Within this context the student has no taps and can be copied: copied hooks would report to this module."""
+        names = self._taps.names
+        self._taps.remove()
+        try:
+            yield self.student
+        finally:
+            self._taps = Taps(self.student, names)
 
     def export_adapter(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the student's PEFT adapter without its base: a folder, as ``PeftModel.from_pretrained`` reads it.
@@ -395,6 +417,11 @@ class DistillationModule(L.LightningModule):
             return self.trainer
         except RuntimeError:
             return None
+
+    @property
+    def _awaiting_teacher(self) -> bool:
+        """Whether there will be a teacher, but it has nothing to say so far."""
+        return self.teacher is not None and not self.teacher.ready
 
     @property
     def _over_ranks(self) -> Callable[[Tensor], Tensor] | None:
@@ -482,6 +509,20 @@ def _count(step: Step) -> Count:
 
 def _needs_teacher(term: nn.Module) -> bool:
     return bool(getattr(term, "needs_teacher", True))
+
+
+def _nothing(step: Step, term: nn.Module) -> Tensor:
+    """The loss of a term that has nothing to compare yet: 0, with a graph to its parameters (DDP waits for them)."""
+    outputs = step.student
+    said = outputs.logits if outputs.has_logits or outputs.hidden is None else outputs.hidden
+    return sum((parameter.sum() for parameter in term.parameters()), start=said.sum()) * 0.0
+
+
+def _leave_teacher_out(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Drop the weights of a teacher that was trained along, where the module that loads them has none."""
+    own = module.state_dict().keys()
+    for key in [key for key in checkpoint["state_dict"] if key.startswith("teacher.") and key not in own]:
+        del checkpoint["state_dict"][key]
 
 
 def _check_type(name: str, value: object, kind: type) -> None:

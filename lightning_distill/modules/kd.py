@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_distill.losses.hard_and_soft import hard_and_soft
 from lightning_distill.losses.soft_targets import SoftTargets
 from lightning_distill.losses.targets import CrossEntropy
-from lightning_distill.losses.term import Term, teacher_outputs
+from lightning_distill.losses.term import Term
 from lightning_distill.modules.base import (
     EVERY_TERM,
     DistillationModule,
@@ -119,6 +119,7 @@ class KD(DistillationModule):
             (pair := _plain_pair(self.terms)) is None
             or type(weighting) is not FixedWeights
             or self.item_weights
+            or step.teacher is None
             or step.mask is not None
             or labels is None
             or isinstance(temperature, Tensor)
@@ -126,7 +127,7 @@ class KD(DistillationModule):
             return super().loss(step)
         total, hard, soft = hard_and_soft(
             step.student.logits,
-            teacher_outputs(step).logits,
+            step.teacher.logits,
             labels,
             temperature=temperature,
             hard_weight=weighting.values["hard"],

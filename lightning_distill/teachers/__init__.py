@@ -4,8 +4,12 @@ from lightning_distill.teachers.adapter import AdapterOffTeacher
 from lightning_distill.teachers.build import TeacherLike, build_teacher, load_network
 from lightning_distill.teachers.cache import data_fingerprint, fingerprint, teacher_fingerprint
 from lightning_distill.teachers.cached import CachedTeacher
+from lightning_distill.teachers.ema import EMATeacher, momentum_alpha, scale_momentum
+from lightning_distill.teachers.follow import FollowedTeacher
 from lightning_distill.teachers.frozen import FrozenTeacher, FunctionTeacher
 from lightning_distill.teachers.other_tokenizer import OtherTokenizerTeacher
+from lightning_distill.teachers.past import MeanPrediction, PastTeacher
+from lightning_distill.teachers.previous import PreviousPredictions
 from lightning_distill.teachers.prompts import PromptEnsemble, prepend_tokens, prompt_ensemble
 from lightning_distill.teachers.teacher import Teacher
 from lightning_distill.teachers.whole_network import WholeNetworkTeacher
@@ -13,9 +17,14 @@ from lightning_distill.teachers.whole_network import WholeNetworkTeacher
 __all__ = [
     "AdapterOffTeacher",
     "CachedTeacher",
+    "EMATeacher",
+    "FollowedTeacher",
     "FrozenTeacher",
     "FunctionTeacher",
+    "MeanPrediction",
     "OtherTokenizerTeacher",
+    "PastTeacher",
+    "PreviousPredictions",
     "PromptEnsemble",
     "Teacher",
     "TeacherLike",
@@ -24,7 +33,9 @@ __all__ = [
     "data_fingerprint",
     "fingerprint",
     "load_network",
+    "momentum_alpha",
     "prepend_tokens",
     "prompt_ensemble",
+    "scale_momentum",
     "teacher_fingerprint",
 ]

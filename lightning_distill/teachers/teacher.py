@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_distill.outputs import Outputs
+from lightning_distill.outputs import Outputs, Step
 from lightning_distill.tasks import Task
 
 
@@ -18,12 +18,29 @@ class Teacher(nn.Module):
     returns has no graph.
     """
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has something to say already; until then, terms that compare with it contribute nothing."""
+        return True
+
     def forward(self, batch: Any, task: Task) -> Outputs | None:
         """What the teacher says about ``batch``; the logits have the shape of the student's.
 
-        ``None``, outside training alone, if it has nothing to say: agreement with it is then not measured.
+        ``None`` if it has nothing to say: outside training, where agreement with it is then not measured, and in
+        training as long as it is not :attr:`ready`.
         """
         raise TypeError(f"{type(self).__name__} is a `Teacher` without a `forward(batch, task)`; define one.")
+
+    def rehearse(self, batch: Any, task: Task) -> Outputs | None:
+        """Something of the shapes that it will say, also where it is not ready yet."""
+        return self(batch, task)  # type: ignore[no-any-return]
+
+    def see(self, step: Step) -> None:
+        """Called after each training batch with what was said about it, for teachers that learn from the student."""
+
+    def copies(self) -> dict[str, nn.Module]:
+        """Copies of the student that are part of this module, and so of checkpoints, by their names in it."""
+        return {}
 
     def tap(self, names: Iterable[str]) -> None:
         """Provide the activations of these names in ``Outputs.features`` from now on.

@@ -254,7 +254,7 @@ def test_the_discrepancy_of_features_is_a_difficulty(make_trainer, golden):
 
     class Features(L.Callback):
         def on_before_backward(self, trainer, pl_module, loss):
-            self.value = pl_module.live_losses["features"].item()
+            self.value = pl_module.live.losses["features"].item()
 
     seen = Features()
     module = KD(network(8, 1), network(8, 2), terms={"features": features}, weights={"features": 0.0})
