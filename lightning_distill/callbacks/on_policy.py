@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_distill.modes import inference
 from lightning_distill.outputs import UNLABELLED
+from lightning_distill.sharding import is_sharded
 
 
 def generated_batch(
@@ -63,6 +64,8 @@ def generated_batch(
     padding = padding if padding is not None else (ends[0] if ends else 0)
     prompts, real = _pad(ids, prompt, padding=padding, left=True)  # so that all continue in the same column
     room = _context(network) - prompts.shape[1]
+    if is_sharded(network):  # all processes go on until the last has finished, and none may leave its context
+        room = _least_of_all_processes(room, ids.device)
     if room < 1:
         raise ValueError(
             f"The longest prompt has {prompts.shape[1]} tokens and the student's context {_context(network)}: there is "
@@ -72,6 +75,7 @@ def generated_batch(
         sequences: Tensor = network.generate(
             input_ids=prompts,
             attention_mask=real.long(),
+            synced_gpus=is_sharded(network),  # whose forward passes all processes must take part in
             generation_config=_sampling(
                 network, ends, padding, temperature, min(max_new_tokens, room), prompts.shape[1], vocabulary
             ),
@@ -120,8 +124,8 @@ class OnPolicy(L.Callback):
 
     Whether a batch is generated, and what, depends on ``seed``, the optimizer step, the micro-batch and (what only) the
     process: a resumed run writes what the uninterrupted one would have, and all processes of a step do the same kind of
-    work. For strategies that replicate the student (single device, DDP); those that shard it (FSDP, DeepSpeed ZeRO-3)
-    would need all processes to generate equally many tokens.
+    work. Strategies that give each process a whole student (single device, DDP) and ``ModelParallelStrategy`` can be
+    used; under the latter all processes write as many tokens at most as the longest prompt of any leaves room for.
 
     The samples' ``index`` is gone from generated batches, so that a teacher's cache is not asked about texts that it
     never saw.
@@ -223,6 +227,12 @@ def _check(*, max_new_tokens: int, min_prompt: int, temperature: float, vocabula
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"`temperature` of the sampling must be positive and finite, got {temperature}.")
+
+
+def _least_of_all_processes(number: int, device: torch.device) -> int:
+    least = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return int(least)
 
 
 def _end_tokens(network: Any) -> list[int]:

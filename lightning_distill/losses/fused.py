@@ -86,13 +86,20 @@ class FusedKD(Term):
 
 def worth_fusing(outputs: Outputs) -> bool:
     """Whether the logits do not exist yet and would take much memory."""
-    if outputs.has_logits or not isinstance(outputs.head, nn.Linear):
+    if not unprojected(outputs):
         return False
-    return 7 * 4 * math.prod(outputs.item_shape) * outputs.head.out_features > PLAIN_BYTES
+    return 7 * 4 * math.prod(outputs.item_shape) * linear_head_of(outputs).out_features > PLAIN_BYTES
+
+
+def unprojected(outputs: Outputs) -> bool:
+    """Whether there are hidden states and a linear output layer in the place of logits."""
+    return not outputs.has_logits and _has_linear_head(outputs)
 
 
 def _has_linear_head(outputs: Outputs) -> bool:
-    return outputs.hidden is not None and isinstance(outputs.head, nn.Linear)
+    head: Any = outputs.head
+    # A strategy may leave an empty weight behind until the layer itself is called (DeepSpeed's ZeRO-3).
+    return outputs.hidden is not None and isinstance(head, nn.Linear) and len(head.weight) == head.out_features
 
 
 def linear_head_of(outputs: Outputs) -> nn.Linear:

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_distill.adapters import has_adapter
 from lightning_distill.modes import inference
 from lightning_distill.outputs import Outputs
+from lightning_distill.sharding import inside
 from lightning_distill.taps import Taps
 from lightning_distill.tasks import Task
 from lightning_distill.teachers.teacher import Teacher
@@ -68,7 +69,7 @@ class AdapterOffTeacher(Teacher):
         taps = Taps(base, self._names)  # for this pass only: the student's passes go through the same modules
         try:
             with inference(network), _adapter_off(network), taps.recording() as features:
-                outputs = task.run(base, batch)
+                outputs = inside(network, lambda: task.run(base, batch))
             outputs.features.update(features)
         finally:
             taps.remove()

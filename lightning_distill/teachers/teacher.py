@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_distill.outputs import Outputs
 from lightning_distill.tasks import Task
@@ -37,3 +39,11 @@ class Teacher(nn.Module):
                 f"{type(self).__name__} has no inner activations, but a loss term reads {names}. "
                 "Use a teacher that is a network, or leave the term out."
             )
+
+    def place(self, device: torch.device, mesh: DeviceMesh | None) -> None:
+        """Bring weights where they will be used; called once, before the training starts.
+
+        Args:
+            device: Of this process.
+            mesh: Processes that share the student's weights, if there are; by default a teacher does not take part.
+        """
