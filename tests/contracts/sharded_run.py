@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_distill import KD
+from lightning_distill import KD, FeatureKD
 from lightning_distill.callbacks import OnPolicy
 from lightning_distill.deferred import on_meta
 from lightning_distill.export import write_network
@@ -18,6 +18,7 @@ from lightning_distill.losses import fused
 from lightning_distill.networks import from_config
 from lightning_distill.tasks import CausalLM
 from lightning_distill.teachers import AdapterOffTeacher, FrozenTeacher, load_network
+from lightning_distill.weighting import Weighting
 
 
 def gpt2(width, seed, layers=2):
@@ -92,6 +93,46 @@ def gradients(folder):
         found[kind, 8, 2, "spread"] = gradient(folder, 2, 8, 2, sharded_teacher=True)
     fused.PLAIN_BYTES = 256 * 2**20
     return found
+
+
+class Learned(Weighting):
+    """A weight that is trained, a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, losses):
+        return losses["hard"] + losses["soft"] + self.weight * losses["features"]
+
+    def weights(self):
+        return {"features": self.weight.detach()}
+
+
+def with_projections(folder, devices, batch_size, accumulate):
+    """What a step changed in the student, in a projection of features and in a learned weight."""
+    student, pairs = gpt2(16, 1), {"hidden_states.1": "hidden_states.2"}
+    teacher = gpt2(24, 2)
+    run = FeatureKD(
+        student, teacher, pairs, task=CausalLM(), weights=Learned(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0)
+    )
+    torch.manual_seed(4)
+    run.build(next(iter(DataLoader(Texts(), batch_size=2))))
+    projection = vector(run.terms["features"])
+    fit = trainer(folder, devices=devices, max_epochs=1, accumulate_grad_batches=accumulate)
+    fit.fit(run, DataLoader(Texts(), batch_size=batch_size))
+    after = run.terms["features"].state_dict().values()
+    after = torch.cat(
+        [(v.full_tensor() if isinstance(v, DTensor) else v).flatten() for v in after if isinstance(v, torch.Tensor)]
+    )
+    weight, whole = run.weighting.weight.detach().clone(), run.export()
+    if fit.is_global_zero:
+        return {
+            "student": vector(gpt2(16, 1)) - vector(whole),
+            "projection": projection - after,
+            "weight": 0.5 - weight,
+        }
+    return None
 
 
 class Look(L.Callback):
@@ -194,6 +235,7 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     found = {
         "gradients": lambda: gradients(target),
+        "projections": lambda: [with_projections(target, 2, *split) for split in [(16, 1), (3, 6)]],
         "shards": lambda: resumed(target, whole=False),
         "whole": lambda: resumed(target, whole=True),
         "evaluated": lambda: evaluated(target),

@@ -60,6 +60,14 @@ def test_the_gradient_is_that_of_one_process(found, tmp_path):
         assert (value - whole).norm() <= 1e-5 * whole.norm(), split
 
 
+def test_projections_and_learned_weights_get_the_gradient_of_one_process(found, tmp_path):
+    whole = sharded_run.with_projections(tmp_path, 1, 32, 1)
+    for split in found[0]["projections"]:
+        for part, value in split.items():
+            assert whole[part].norm() > 1e-3
+            assert (value - whole[part]).norm() <= 1e-5 * whole[part].norm(), part
+
+
 @pytest.mark.parametrize("kind", ["shards", "whole"])
 def test_resumes_exactly_from_both_kinds_of_checkpoint(folder, found, kind):
     assert (folder / "shards-1.ckpt" / "meta.pt").is_file()
