@@ -5,6 +5,7 @@ if __name__ == "callbacks":
         "import lightning_distill.callbacks, not callbacks: the latter would be a second copy of each class"
     )
 
+from lightning_distill.callbacks.adapter_mean_teacher import AdapterMeanTeacher
 from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.head_weights import PerformanceHeadWeights
 from lightning_distill.callbacks.layer_matching import (
@@ -19,6 +20,7 @@ from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 
 __all__ = [
+    "AdapterMeanTeacher",
     "CacheWriter",
     "DynamicLayerWeights",
     "OnPolicy",

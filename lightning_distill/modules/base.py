@@ -102,7 +102,7 @@ class DistillationModule(L.LightningModule):
         if teacher is self.student:
             raise ValueError(
                 "`teacher` is the same object as `student`; it would be frozen. Pass `copy.deepcopy(student)`, or, for "
-                "a student with a PEFT adapter, `AdapterOffTeacher(student)`."
+                "a student with a PEFT adapter, `AdapterOffTeacher()`."
             )
         self.teacher = build_teacher(teacher, self.task)
         self.terms = nn.ModuleDict(_checked_terms(terms))
@@ -124,6 +124,7 @@ class DistillationModule(L.LightningModule):
 
         self._taps = Taps(self.student, (name for term in terms.values() for name in term.student_taps))
         if self.teacher is not None:
+            self.teacher.attach(self.student)
             self.teacher.tap(dict.fromkeys(name for term in terms.values() for name in term.teacher_taps))
         self._items = ItemCount()
         self._loss_log = LossLog()
@@ -215,8 +216,8 @@ class DistillationModule(L.LightningModule):
         mesh = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
         device = self.device if self._attached is None else self.trainer.strategy.root_device
         if mesh is not None and self._put_together is None:
-            with self._untapped():
-                self._put_together = shard(self.student, mesh)
+            with self.untapped() as student:
+                self._put_together = shard(student, mesh)
             for term in self.terms.values():
                 spread_parameters(term, mesh)
         give_weights(self.student, device)
@@ -352,11 +353,21 @@ class DistillationModule(L.LightningModule):
             FileExistsError: If there is something at ``path`` and ``overwrite`` is False.
             ValueError: If ``path`` is neither.
         """
-        with self._untapped():
-            student = standalone(self.student) if self._put_together is None else merged(self._put_together())
+        with self.untapped() as network:
+            student = standalone(network) if self._put_together is None else merged(self._put_together())
         if path is not None and self._first_process:
             write_network(student, Path(path), overwrite=overwrite)
         return student
+
+    @contextmanager
+    def untapped(self) -> Iterator[nn.Module]:
+        """Within this context the student has no taps and can be copied: copied hooks would report to this module."""
+        names = self._taps.names
+        self._taps.remove()
+        try:
+            yield self.student
+        finally:
+            self._taps = Taps(self.student, names)
 
     def export_adapter(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the student's PEFT adapter without its base: a folder, as ``PeftModel.from_pretrained`` reads it.
@@ -393,16 +404,6 @@ class DistillationModule(L.LightningModule):
     def _first_process(self) -> bool:
         trainer = self._attached
         return trainer is None or trainer.is_global_zero
-
-    @contextmanager
-    def _untapped(self) -> Iterator[None]:
-        """Within this context the student has no hooks of ours, which would be copied with it."""
-        names = self._taps.names
-        self._taps.remove()
-        try:
-            yield
-        finally:
-            self._taps = Taps(self.student, names)
 
     @property
     def _over_ranks(self) -> Callable[[Tensor], Tensor] | None:

@@ -27,6 +27,9 @@ class Teacher(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} is a `Teacher` without a `forward(batch, task)`; define one.")
 
+    def attach(self, student: nn.Module) -> None:
+        """Learn whom it teaches; the module calls it once, before anything else. Most teachers need not know."""
+
     def tap(self, names: Iterable[str]) -> None:
         """Provide the activations of these names in ``Outputs.features`` from now on.
 
