@@ -18,6 +18,7 @@ from lightning_distill.callbacks.layer_matching import (
 )
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
+from lightning_distill.callbacks.write_sample import WriteSample
 
 __all__ = [
     "AdapterMeanTeacher",
@@ -28,6 +29,7 @@ __all__ = [
     "ProgressiveLayers",
     "RandomLayers",
     "TemperatureAnnealing",
+    "WriteSample",
     "generated_batch",
     "progressive_layers",
     "sample_layers",
