@@ -156,6 +156,5 @@ def assign(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     complete = dict(state)
     for of_one in names.values():
         if (known := next((name for name in of_one if name in state), None)) is not None:
-            needs_gradient = network.get_parameter(known).requires_grad
-            complete |= dict.fromkeys(of_one, nn.Parameter(state[known], requires_grad=needs_gradient))
-    network.load_state_dict(complete, assign=True, strict=False)
+            complete |= dict.fromkeys(of_one, nn.Parameter(state[known], requires_grad=False))
+    network.load_state_dict(complete, assign=True, strict=False)  # which keeps `requires_grad` as it was
