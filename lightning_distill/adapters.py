@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.sharding import is_sharded
+
 BASE = "adapter_base"
 SAMPLES = 4
 
@@ -43,6 +45,9 @@ def frozen_base(network: Any) -> set[str]:
 def leave_base_out(checkpoint: dict[str, Any], student: nn.Module, *, prefix: str = "student.") -> None:
     """Take the frozen base of an adapted ``student`` out of ``checkpoint``; other students are left alone.
 
+    So is one whose weights are spread over processes: strategies that do this load weights before anybody could put
+    the base back.
+
     A few numbers of the base are kept, so that the adapter is never put onto another one.
 
     Args:
@@ -50,7 +55,7 @@ def leave_base_out(checkpoint: dict[str, Any], student: nn.Module, *, prefix: st
         student: The network whose weights stand in it under ``prefix``.
         prefix: Of the student's names.
     """
-    if not has_adapter(student):
+    if not has_adapter(student) or is_sharded(student):
         return
     base = frozen_base(student)
     state = checkpoint["state_dict"]
@@ -71,7 +76,9 @@ def put_base_back(checkpoint: dict[str, Any], student: nn.Module, *, prefix: str
         ValueError: If the student has no adapter but the checkpoint does, or the other way round; or if the student's
             base is not the one that the adapter was trained on.
     """
-    state = checkpoint["state_dict"]
+    state = checkpoint.get("state_dict")
+    if state is None:  # the strategy has loaded the weights itself (shards)
+        return
     if BASE not in checkpoint:
         if has_adapter(student) and not any(prefix + name in state for name in student.state_dict()):
             raise ValueError(

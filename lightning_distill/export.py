@@ -28,8 +28,16 @@ def standalone(network: nn.Module) -> nn.Module:
             copies[id(tensor)] = nn.Parameter(_on_cpu(tensor), requires_grad=tensor.requires_grad)
         elif type(tensor) is Tensor:
             copies[id(tensor)] = _on_cpu(tensor)
-    copied = copy.deepcopy(network, copies).cpu()
-    return (merge_adapter(copied) if has_adapter(copied) else copied).eval()
+    return merged(copy.deepcopy(network, copies).cpu())
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """``network`` in eval mode, a PEFT adapter merged into its weights; it is used up.
+
+    Raises:
+        ValueError: If there is an adapter that cannot be merged.
+    """
+    return (merge_adapter(network) if has_adapter(network) else network).eval()
 
 
 def write_network(network: nn.Module, path: Path, *, overwrite: bool = False) -> None:

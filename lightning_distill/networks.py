@@ -265,4 +265,40 @@ def from_config(model_type: str, head: Head, config: Mapping[str, Any] | None = 
     return model.train()
 
 
-__all__ = ["MLP", "ConvNet1d", "ConvNet2d", "NoisyInput", "ResNet1d", "ResidualBlock1d", "from_config"]
+def lora(
+    base: nn.Module,
+    r: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> nn.Module:
+    """``base`` under a low-rank adapter (LoRA), which alone is trained.
+
+    Args:
+        base: Any network; frozen in place.
+        r: Rank of the adapter, positive.
+        alpha: Scale of the adapter: it adds ``alpha / r`` times its product.
+        dropout: Of the adapter's input, in [0, 1).
+        target_modules: Names, or endings of names, of the layers that get an adapter, or ``"all-linear"``; by default
+            what peft knows of the architecture.
+        modules_to_save: Names of layers that are trained whole (a new head).
+
+    Raises:
+        ValueError: If peft knows no layer of the names, or an argument is outside its range.
+
+    Example:
+        >>> network = lora(MLP((4, 5, 3)), r=2, target_modules=["head"])
+        >>> sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        16
+    """
+    import peft
+
+    targets = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
+    kept = None if modules_to_save is None else list(modules_to_save)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, modules_to_save=kept)
+    network: nn.Module = peft.get_peft_model(base, config)
+    return network
+
+
+__all__ = ["MLP", "ConvNet1d", "ConvNet2d", "NoisyInput", "ResNet1d", "ResidualBlock1d", "from_config", "lora"]

@@ -19,6 +19,7 @@ from lightning_distill.losses.term import Term
 from lightning_distill.metrics import Accuracy, Agreement, Fidelity, NegativeLogLikelihood
 from lightning_distill.modes import inference
 from lightning_distill.outputs import UNLABELLED, Outputs
+from lightning_distill.sharding import inside
 
 INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values")
 LABEL_KEYS = ("y", "label", "labels", "target", "targets")
@@ -310,7 +311,7 @@ class CausalLM(Task):
         if self._linear[network]:
             model: Any = network
             model = model.get_base_model() if hasattr(model, "get_base_model") else model
-            hidden = model.base_model(**inputs).last_hidden_state
+            hidden: Tensor = inside(network, lambda: model.base_model(**inputs).last_hidden_state)
             return Outputs(hidden=hidden[:, :-1][keep], head=model.get_output_embeddings())
         said = to_outputs(network(**inputs) if hasattr(network, "config") else network(inputs["input_ids"]))
         logits = said.logits[:, -batch["input_ids"].shape[1] :]  # a learned prompt has added positions in front
@@ -382,8 +383,7 @@ class CausalLM(Task):
         """Refuse tokens that the student's vocabulary does not have."""
         if labels is None or labels.numel() == 0:
             return
-        weight = getattr(outputs.head, "weight", None)
-        size = weight.shape[0] if weight is not None else outputs.logits.shape[-1]
+        size = getattr(outputs.head, "out_features", None) or outputs.logits.shape[-1]
         largest = int(labels.max())
         if largest >= size:
             raise ValueError(
@@ -402,7 +402,7 @@ def _has_linear_head(network: nn.Module, inputs: Mapping[str, Any]) -> bool:
     few = {key: value[:1, :8] for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
     with inference(network):
         logits = network(**few).logits
-        rebuilt = head(model.base_model(**few).last_hidden_state)
+        rebuilt = inside(network, lambda: head(model.base_model(**few).last_hidden_state))
     return logits.shape == rebuilt.shape and bool(torch.allclose(logits, rebuilt, rtol=1e-3, atol=1e-3))
 
 

@@ -53,13 +53,29 @@ def missing_package(line):
     return any(importlib.util.find_spec(package) is None for package in named)
 
 
+def with_little_text(value):
+    """The same configuration, but language models read a small file."""
+    if isinstance(value, list):
+        return [with_little_text(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: with_little_text(item) for key, item in value.items()}
+    if str(found.get("class_path")).endswith("TextDataModule"):
+        found["init_args"] = found.get("init_args", {}) | {"files": ["text.txt"]}
+        if "texts" in found["init_args"]:
+            found["init_args"]["texts"] = 40
+    return found
+
+
 @pytest.fixture
 def examples(tmp_path, monkeypatch):
     """A folder to work in, with shortened copies of the examples."""
     (tmp_path / "examples").mkdir()
     for path in EXAMPLES:
-        text = yaml.safe_dump(shortened(yaml.safe_load(path.read_text())), sort_keys=False)
+        configuration = with_little_text(shortened(yaml.safe_load(path.read_text())))
+        text = yaml.safe_dump(configuration, sort_keys=False)
         (tmp_path / "examples" / path.name).write_text(text)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i}: {i * i} and {i + 7}." * 3 for i in range(900)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -5,6 +5,7 @@ if __name__ == "callbacks":
         "import lightning_distill.callbacks, not callbacks: the latter would be a second copy of each class"
     )
 
+from lightning_distill.callbacks.adapter_mean_teacher import AdapterMeanTeacher
 from lightning_distill.callbacks.balanced_magnitudes import BalancedMagnitudes
 from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.curriculum import CurriculumResampling
@@ -33,9 +34,11 @@ from lightning_distill.callbacks.soft_label_refinement import SoftLabelRefinemen
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 from lightning_distill.callbacks.weight_report import WeightReport
 from lightning_distill.callbacks.weighting import MGDA, CAGrad, PCGrad, UncertaintyWeighting
+from lightning_distill.callbacks.write_sample import WriteSample
 
 __all__ = [
     "MGDA",
+    "AdapterMeanTeacher",
     "BalancedMagnitudes",
     "CAGrad",
     "CacheWriter",
@@ -61,6 +64,7 @@ __all__ = [
     "TemperatureAnnealing",
     "UncertaintyWeighting",
     "WeightReport",
+    "WriteSample",
     "generated_batch",
     "progressive_layers",
     "sample_layers",

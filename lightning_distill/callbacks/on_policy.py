@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lightning_distill.modes import inference
 from lightning_distill.outputs import UNLABELLED
+from lightning_distill.sharding import is_sharded
+from lightning_distill.teachers import CachedTeacher
 
 
 def generated_batch(
@@ -46,8 +48,8 @@ def generated_batch(
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` (all ``-100``: what the student wrote is no truth) and
-        ``distill_mask`` (the generated tokens), all ``(B, T')``, padded on the right. Nothing else of ``batch`` is
-        kept: it would not be about these tokens.
+        ``distill_mask`` (the generated tokens), all ``(B, T')``, padded on the right; and the ``index`` of the samples
+        that the prompts are of, if there is one. Nothing else of ``batch`` is kept: it would not be about these tokens.
 
     Raises:
         ValueError: If an argument is outside its range, a row has no tokens, or a prompt fills the student's context.
@@ -63,6 +65,8 @@ def generated_batch(
     padding = padding if padding is not None else (ends[0] if ends else 0)
     prompts, real = _pad(ids, prompt, padding=padding, left=True)  # so that all continue in the same column
     room = _context(network) - prompts.shape[1]
+    if is_sharded(network):  # all processes go on until the last has finished, and none may leave its context
+        room = _least_of_all_processes(room, ids.device)
     if room < 1:
         raise ValueError(
             f"The longest prompt has {prompts.shape[1]} tokens and the student's context {_context(network)}: there is "
@@ -72,6 +76,7 @@ def generated_batch(
         sequences: Tensor = network.generate(
             input_ids=prompts,
             attention_mask=real.long(),
+            synced_gpus=is_sharded(network),  # whose forward passes all processes must take part in
             generation_config=_sampling(
                 network, ends, padding, temperature, min(max_new_tokens, room), prompts.shape[1], vocabulary
             ),
@@ -83,12 +88,13 @@ def generated_batch(
     # Back to padding on the right: without position ids, models count positions from the first column.
     input_ids, attention_mask = _pad(tokens, keep, padding=padding)
     distill_mask, _ = _pad(generated, keep, padding=False)
-    return {
+    written_batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask.long(),
         "labels": torch.full_like(input_ids, UNLABELLED),
         "distill_mask": distill_mask,
     }
+    return written_batch | ({"index": batch["index"]} if "index" in batch else {})
 
 
 def prompt_mask(batch: Mapping[str, Any], *, min_prompt: int = 1) -> Tensor:
@@ -120,11 +126,11 @@ class OnPolicy(L.Callback):
 
     Whether a batch is generated, and what, depends on ``seed``, the optimizer step, the micro-batch and (what only) the
     process: a resumed run writes what the uninterrupted one would have, and all processes of a step do the same kind of
-    work. For strategies that replicate the student (single device, DDP); those that shard it (FSDP, DeepSpeed ZeRO-3)
-    would need all processes to generate equally many tokens.
+    work. Strategies that give each process a whole student (single device, DDP) and ``ModelParallelStrategy`` can be
+    used; under the latter all processes write as many tokens at most as the longest prompt of any leaves room for.
 
-    The samples' ``index`` is gone from generated batches, so that a teacher's cache is not asked about texts that it
-    never saw.
+    A generated row keeps the ``index`` of the sample that its prompt is of. A teacher's cache knows nothing of what the
+    student will write, and is refused.
 
     Args:
         lmbda: Share of generated batches, in [0, 1].
@@ -135,7 +141,7 @@ class OnPolicy(L.Callback):
         seed: Of the choice of batches and of the sampling.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range; at the start of the training, if the teacher is a cache.
         TypeError: At the start of the training, if the module has no ``batch_transform`` or its student cannot
             ``generate``.
     """
@@ -175,6 +181,11 @@ class OnPolicy(L.Callback):
                 f"OnPolicy needs a DistillationModule whose student can `generate` text, got "
                 f"{type(pl_module).__name__} with a student of type {type(student).__name__}. Use a transformers "
                 "causal language model with `task=CausalLM()`, or remove the callback."
+            )
+        if self.lmbda > 0 and isinstance(getattr(pl_module, "teacher", None), CachedTeacher):
+            raise ValueError(
+                "The teacher is a cache, which holds what it said about given texts; it cannot judge what the student "
+                "writes. Pass the teacher's network, or remove the OnPolicy callback."
             )
         self._others = pl_module.batch_transform  # type: ignore[assignment]
         self._position = (-1, 0)
@@ -223,6 +234,12 @@ def _check(*, max_new_tokens: int, min_prompt: int, temperature: float, vocabula
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"`temperature` of the sampling must be positive and finite, got {temperature}.")
+
+
+def _least_of_all_processes(number: int, device: torch.device) -> int:
+    least = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return int(least)
 
 
 def _end_tokens(network: Any) -> list[int]:

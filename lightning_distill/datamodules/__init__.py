@@ -15,6 +15,7 @@ from lightning_distill.datamodules.samplers import (
     systematic_resample,
 )
 from lightning_distill.datamodules.short_texts import SentenceDataModule, TextClassificationDataModule, sentences
+from lightning_distill.datamodules.teacher_text import TeacherTextDataModule
 from lightning_distill.datamodules.tensors import (
     InMemoryDataModule,
     Splits,
@@ -35,6 +36,7 @@ __all__ = [
     "ResumableSampler",
     "SentenceDataModule",
     "Splits",
+    "TeacherTextDataModule",
     "TensorDataModule",
     "TextClassificationDataModule",
     "TextDataModule",

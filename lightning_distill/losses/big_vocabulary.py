@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.losses.linear_kd import default_chunk_size, linear_kd
+from lightning_distill.losses.soft_targets import check_skew
 from lightning_distill.losses.top_k import coarse_log_probs
 from lightning_distill.measuring import is_measuring
 from lightning_distill.outputs import UNLABELLED
@@ -71,6 +72,7 @@ def fused_linear_kd(
     temperature: float | Tensor = 1.0,
     alpha: float = 0.5,
     beta: float = 0.0,
+    skew: float = 0.0,
     scale_by_t2: bool = True,
     ignore_index: int = UNLABELLED,
     student_bias: Tensor | None = None,
@@ -108,6 +110,8 @@ def fused_linear_kd(
         temperature: ``T > 0`` of ``D_beta``; a number, or one value per item, shape of the items.
         alpha: Weight of the cross-entropy, in [0, 1]; the divergence gets ``1 - alpha``.
         beta: In [0, 1]; 0 forward KL, 1 reverse KL.
+        skew: In [0, 1), of the skewed KL divergence :func:`~lightning_distill.losses.skewed_kl_divergence`; only with
+            a ``beta`` of 0 (forward) or 1 (reverse).
         scale_by_t2: Whether to multiply the divergence by ``T ** 2``.
         ignore_index: Label of an item that has none.
         student_bias: Of the output layer, shape ``(V,)``; gets a gradient.
@@ -139,7 +143,7 @@ def fused_linear_kd(
     """
     teacher = _dense_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias, vocabulary)
     problem = _problem(
-        student_hidden, student_weight, student_bias, teacher, labels, mask, temperature, beta, scale_by_t2,
+        student_hidden, student_weight, student_bias, teacher, labels, mask, temperature, beta, skew, scale_by_t2,
         ignore_index, chunk_size,
     )  # fmt: skip
     return _combined(problem, alpha, weights, count)
@@ -154,6 +158,7 @@ def fused_linear_kd_items(
     *,
     temperature: float | Tensor = 1.0,
     beta: float = 0.0,
+    skew: float = 0.0,
     scale_by_t2: bool = True,
     ignore_index: int = UNLABELLED,
     student_bias: Tensor | None = None,
@@ -176,6 +181,8 @@ def fused_linear_kd_items(
         labels: Shape of the items.
         temperature: Of the divergence.
         beta: 0 forward KL, 1 reverse KL.
+        skew: In [0, 1), of the skewed KL divergence :func:`~lightning_distill.losses.skewed_kl_divergence`; only with
+            a ``beta`` of 0 (forward) or 1 (reverse).
         scale_by_t2: Whether to multiply the divergence by ``T ** 2``.
         ignore_index: Label of an item that has none.
         student_bias: Shape ``(V,)``.
@@ -192,7 +199,7 @@ def fused_linear_kd_items(
     """
     teacher = _dense_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias, vocabulary)
     problem = _problem(
-        student_hidden, student_weight, student_bias, teacher, labels, mask, temperature, beta, scale_by_t2,
+        student_hidden, student_weight, student_bias, teacher, labels, mask, temperature, beta, skew, scale_by_t2,
         ignore_index, chunk_size,
     )  # fmt: skip
     return _items(problem)
@@ -251,7 +258,7 @@ def sparse_kd(
     """
     teacher = _top_k_teacher(student_hidden, student_weight, ids, log_probs, tail_log_prob, vocabulary, beta)
     problem = _problem(
-        student_hidden, student_weight, student_bias, teacher, labels, mask, temperature, beta, scale_by_t2,
+        student_hidden, student_weight, student_bias, teacher, labels, mask, temperature, beta, 0.0, scale_by_t2,
         ignore_index, chunk_size,
     )  # fmt: skip
     return _combined(problem, alpha, weights, count)
@@ -302,7 +309,7 @@ def sparse_kd_items(
     """
     teacher = _top_k_teacher(student_hidden, student_weight, ids, log_probs, tail_log_prob, vocabulary, beta)
     problem = _problem(
-        student_hidden, student_weight, student_bias, teacher, labels, mask, temperature, beta, scale_by_t2,
+        student_hidden, student_weight, student_bias, teacher, labels, mask, temperature, beta, 0.0, scale_by_t2,
         ignore_index, chunk_size,
     )  # fmt: skip
     return _items(problem)
@@ -380,6 +387,7 @@ def _problem(
     mask: Tensor | None,
     temperature: float | Tensor,
     beta: float,
+    skew: float,
     scale_by_t2: bool,
     ignore_index: int,
     chunk_size: int | None,
@@ -387,6 +395,7 @@ def _problem(
     _check_bias("student", bias, weight)
     if not 0 <= beta <= 1:
         raise ValueError(f"`beta` must be in [0, 1], got {beta}.")
+    check_skew(skew, beta)
     if chunk_size is not None and not chunk_size > 0:
         raise ValueError(f"`chunk_size` must be positive, got {chunk_size}.")
     if mask is not None and mask.dtype != torch.bool:
@@ -411,7 +420,7 @@ def _problem(
         items,
         (hidden.reshape(-1, hidden.shape[-1]), weight, bias),
         (*teacher.tensors, labels, mask, temperatures),
-        (number, float(beta), scale_by_t2, ignore_index, teacher.vocabulary, size, dtype, teacher.dtype),
+        (number, float(beta), float(skew), scale_by_t2, ignore_index, teacher.vocabulary, size, dtype, teacher.dtype),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_distill.losses.big_vocabulary import fused_linear_kd
-from lightning_distill.losses.soft_targets import check_same_shape, jensen_shannon_divergence
+from lightning_distill.losses.soft_targets import SoftTargets, check_same_shape
 from lightning_distill.losses.targets import cross_entropy
 from lightning_distill.losses.term import Term, reduce_items, teacher_outputs
 from lightning_distill.outputs import Outputs, Step
@@ -28,15 +28,23 @@ class FusedKD(Term):
     Args:
         alpha: Weight of the labels' loss, in [0, 1]; the teacher's gets ``1 - alpha``.
         beta: Divergence, in [0, 1]: 0 forward KL, 1 reverse KL, between them the generalized Jensen-Shannon divergence.
+        skew: Bounds the KL divergence, in [0, 1); see :func:`~lightning_distill.losses.skewed_kl_divergence`. Only with
+            ``beta`` 0 or 1.
         vocabulary: True size of a vocabulary that the two models pad to different sizes; needed only then.
         chunk_size: Tokens per chunk; by default chosen by memory.
 
     Raises:
-        ValueError: If ``alpha`` or ``beta`` is outside [0, 1].
+        ValueError: If ``alpha``, ``beta`` or ``skew`` is outside its range.
     """
 
     def __init__(
-        self, alpha: float = 0.3, beta: float = 0.0, vocabulary: int | None = None, chunk_size: int | None = None
+        self,
+        alpha: float = 0.3,
+        beta: float = 0.0,
+        vocabulary: int | None = None,
+        chunk_size: int | None = None,
+        *,
+        skew: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in {"alpha": alpha, "beta": beta}.items():
@@ -44,6 +52,8 @@ class FusedKD(Term):
                 raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
         self.alpha = alpha
         self.beta = beta
+        self.skew = skew
+        self._soft = SoftTargets(beta, skew)  # checks the values
         self.vocabulary = vocabulary
         self.chunk_size = chunk_size
 
@@ -62,6 +72,7 @@ class FusedKD(Term):
             temperature=step.temperature,
             alpha=self.alpha,
             beta=self.beta,
+            skew=self.skew,
             student_bias=student_head.bias,
             teacher_bias=teacher_head.bias,
             mask=step.mask,
@@ -74,8 +85,7 @@ class FusedKD(Term):
     def _plain(self, step: Step, student: Outputs, teacher: Outputs) -> Tensor:
         logits, target = student.logits[..., : self.vocabulary], teacher.logits[..., : self.vocabulary]
         check_same_shape(logits, target)
-        soft = jensen_shannon_divergence(logits, target, beta=self.beta, temperature=step.temperature)
-        soft = reduce_items(soft, step.mask)
+        soft = reduce_items(self._soft.divergence(logits, target, step.temperature), step.mask)
         if step.labels is None:
             hard = soft.new_zeros(())
         else:
@@ -86,13 +96,20 @@ class FusedKD(Term):
 
 def worth_fusing(outputs: Outputs) -> bool:
     """Whether the logits do not exist yet and would take much memory."""
-    if outputs.has_logits or not isinstance(outputs.head, nn.Linear):
+    if not unprojected(outputs):
         return False
-    return 7 * 4 * math.prod(outputs.item_shape) * outputs.head.out_features > PLAIN_BYTES
+    return 7 * 4 * math.prod(outputs.item_shape) * linear_head_of(outputs).out_features > PLAIN_BYTES
+
+
+def unprojected(outputs: Outputs) -> bool:
+    """Whether there are hidden states and a linear output layer in the place of logits."""
+    return not outputs.has_logits and _has_linear_head(outputs)
 
 
 def _has_linear_head(outputs: Outputs) -> bool:
-    return outputs.hidden is not None and isinstance(outputs.head, nn.Linear)
+    head: Any = outputs.head
+    # A strategy may leave an empty weight behind until the layer itself is called (DeepSpeed's ZeRO-3).
+    return outputs.hidden is not None and isinstance(head, nn.Linear) and len(head.weight) == head.out_features
 
 
 def linear_head_of(outputs: Outputs) -> nn.Linear:

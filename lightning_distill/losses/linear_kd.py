@@ -10,6 +10,7 @@ of the hidden states and of the output layer.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ MIB = 2**20
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? ids, Tensor? coarse, Tensor? labels, Tensor? mask, Tensor? temperatures, "
-    "Tensor? hard_scale, Tensor? soft_scale, float temperature, float beta, bool scale_by_t2, int ignore_index, "
-    "int vocabulary, int chunk_size, ScalarType dtype, ScalarType teacher_dtype, bool needs_hidden, "
+    "Tensor? hard_scale, Tensor? soft_scale, float temperature, float beta, float skew, bool scale_by_t2, "
+    "int ignore_index, int vocabulary, int chunk_size, ScalarType dtype, ScalarType teacher_dtype, bool needs_hidden, "
     "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_kd(
@@ -45,6 +46,7 @@ def linear_kd(
     soft_scale: Tensor | None,
     temperature: float,
     beta: float,
+    skew: float,
     scale_by_t2: bool,
     ignore_index: int,
     vocabulary: int,
@@ -73,6 +75,7 @@ def linear_kd(
         soft_scale: Shape ``(N,)``; ``None`` if no gradient is needed.
         temperature: Of the divergence.
         beta: Of the generalized Jensen-Shannon divergence.
+        skew: Of the skewed KL divergence, forward for a ``beta`` of 0 and reverse for 1; 0 otherwise.
         scale_by_t2: Whether to multiply the divergence by the square of the temperature.
         ignore_index: Label of an item without one.
         vocabulary: Number of rows of the output layers that take part.
@@ -99,7 +102,7 @@ def linear_kd(
     teacher: _DenseTeacher | _TopKTeacher
     if teacher_hidden is not None and teacher_weight is not None:
         layer = _OutputLayer(teacher_weight, teacher_bias, vocabulary, teacher_dtype, len(chunks[0]))
-        teacher = _DenseTeacher(teacher_hidden, layer, beta)
+        teacher = _DenseTeacher(teacher_hidden, layer, beta, skew)
     else:
         assert ids is not None
         assert coarse is not None
@@ -171,10 +174,10 @@ class _OutputLayer:
 class _DenseTeacher:
     """A teacher with an output layer."""
 
-    def __init__(self, hidden: Tensor, layer: _OutputLayer, beta: float) -> None:
+    def __init__(self, hidden: Tensor, layer: _OutputLayer, beta: float, skew: float) -> None:
         self.hidden = hidden
         self.layer = layer
-        self.beta = beta
+        self.divergence = partial(_divergence, beta=beta) if skew == 0 else partial(_skewed, beta=beta, skew=skew)
 
     def read(self, chunk: Tensor) -> None:
         """Compute the logits of a chunk."""
@@ -184,7 +187,7 @@ class _DenseTeacher:
         """Divergence ``(rows, 1)`` of a block; its gradient by the student's softened logits goes to ``work[0]``."""
         log_q = torch.log_softmax(_softened(logits, temperature, out=work[3]), -1, out=work[0])
         log_p = torch.log_softmax(_softened(self.logits[block], temperature, out=work[3]), -1, out=work[1])
-        return _divergence(log_q, log_p, self.beta, work[2:])
+        return self.divergence(log_q, log_p, work[2:])
 
 
 class _TopKTeacher:
@@ -207,12 +210,12 @@ class _TopKTeacher:
         share = torch.softmax(others.scatter_(1, ids, NOTHING), -1, out=work[0])  # of each class in the rest
         rest = others.amax(1, keepdim=True) - share.amax(1, keepdim=True).log()  # logsumexp of the rest
         log_q = torch.log_softmax(torch.cat([kept, rest], dim=1), -1)
-        value = _divergence(log_q, log_p, self.beta, log_q.new_empty(2, *log_q.shape))
+        value = _divergence(log_q, log_p, log_q.new_empty(2, *log_q.shape), beta=self.beta)
         share.mul_(log_q[:, -1:]).scatter_(1, ids, log_q[:, :-1])
         return value
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, beta: float, work: Tensor) -> Tensor:
+def _divergence(log_q: Tensor, log_p: Tensor, work: Tensor, *, beta: float) -> Tensor:
     """Generalized Jensen-Shannon divergence ``(rows, 1)``; its gradient by the softened logits replaces ``log_q``.
 
     With student ``q``, teacher ``p`` and mixture ``m`` the gradient is ``q - p`` for the forward KL divergence,
@@ -237,6 +240,32 @@ def _divergence(log_q: Tensor, log_p: Tensor, beta: float, work: Tensor) -> Tens
     from_student = _dot(q, log_q.sub_(log_m), out=log_p)
     log_q.sub_(from_student).mul_(q).mul_(1 - beta)
     return beta * from_teacher + (1 - beta) * from_student
+
+
+def _skewed(log_q: Tensor, log_p: Tensor, work: Tensor, *, beta: float, skew: float) -> Tensor:
+    """Skewed KL divergence ``(rows, 1)``; its gradient by the softened logits replaces ``log_q``.
+
+    Forward, with the mixture ``m = skew * p + (1 - skew) * q`` and the student's share ``a = (1 - skew) * q / m`` in
+    it, the gradient is ``q * sum(p * a) - p * a``. Reverse, with ``m = skew * q + (1 - skew) * p`` and
+    ``b = skew * q / m``, it is ``q * (log(q / m) - KL(q || m) - b + sum(q * b))``. ``log_p`` and ``work`` are
+    overwritten.
+    """
+    less, more = math.log(skew), math.log1p(-skew)
+    if beta == 0:
+        log_m = torch.logaddexp(torch.add(log_p, less, out=work[0]), torch.add(log_q, more, out=work[1]), out=work[0])
+        p = torch.exp(log_p, out=work[1])
+        value = _dot(p, log_p.sub_(log_m), out=log_p)
+        taught = torch.sub(log_q, log_m, out=work[0]).add_(more).exp_().mul_(p)
+        log_q.exp_().mul_(taught.sum(dim=1, keepdim=True)).sub_(taught)
+        return value
+    log_m = torch.logaddexp(torch.add(log_q, less, out=work[0]), log_p.add_(more), out=work[0])
+    q = torch.exp(log_q, out=work[1])
+    ratio = log_q.sub_(log_m)
+    own = torch.exp(ratio, out=work[0]).mul_(skew)
+    mean_own = _dot(q, own, out=log_p)
+    value = _dot(q, ratio, out=log_p)
+    log_q.sub_(value).sub_(own).add_(mean_own).mul_(q)
+    return value
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +182,7 @@ def skewed_kl_divergence(
         >>> skewed_kl_divergence(student, teacher)
         tensor([1.0988])
     """
-    _check_skew(skew)
+    check_skew(skew)
     if direction not in ("forward", "reverse"):
         raise ValueError(f"`direction` must be 'forward' or 'reverse', got {direction!r}.")
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
@@ -245,31 +245,24 @@ class SoftTargets(Term):
     def __init__(self, beta: float = 0.0, skew: float = 0.0, scale_by_t2: bool = True) -> None:
         super().__init__()
         _check_share("beta", beta)
-        _check_skew(skew)
-        if skew > 0 and beta not in (0, 1):
-            raise ValueError(
-                f"`skew` needs `beta` 0 (forward KL) or 1 (reverse KL), got skew={skew} and beta={beta}. The "
-                "Jensen-Shannon divergence in between is a mixture already: leave `skew` at 0."
-            )
+        check_skew(skew, beta)
         self.beta = beta
         self.skew = skew
         self.scale_by_t2 = scale_by_t2
 
     def forward(self, step: Step) -> Tensor:
         """Divergence of each item, nats."""
-        student, teacher = step.student.logits, teacher_outputs(step).logits
+        return self.divergence(step.student.logits, teacher_outputs(step).logits, step.temperature)
+
+    def divergence(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
+        """The divergence that was chosen, of each item, nats."""
+        arguments: dict[str, Any] = {"temperature": temperature, "scale_by_t2": self.scale_by_t2}
         if self.skew > 0:
+            direction: Direction = "forward" if self.beta == 0 else "reverse"
             return skewed_kl_divergence(
-                student,
-                teacher,
-                skew=self.skew,
-                temperature=step.temperature,
-                direction="forward" if self.beta == 0 else "reverse",
-                scale_by_t2=self.scale_by_t2,
+                student_logits, teacher_logits, skew=self.skew, direction=direction, **arguments
             )
-        return jensen_shannon_divergence(
-            student, teacher, beta=self.beta, temperature=step.temperature, scale_by_t2=self.scale_by_t2
-        )
+        return jensen_shannon_divergence(student_logits, teacher_logits, beta=self.beta, **arguments)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -351,6 +344,12 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
 
 
-def _check_skew(skew: float) -> None:
+def check_skew(skew: float, beta: float = 0.0) -> None:
+    """Refuse a skew outside [0, 1), and one of a divergence that is a mixture already."""
     if not 0 <= skew < 1:
         raise ValueError(f"`skew` must be in [0, 1), got {skew}.")
+    if skew > 0 and beta not in (0, 1):
+        raise ValueError(
+            f"`skew` needs `beta` 0 (forward KL) or 1 (reverse KL), got skew={skew} and beta={beta}. The "
+            "Jensen-Shannon divergence in between is a mixture already: leave `skew` at 0."
+        )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_distill.losses.big_vocabulary import sparse_kd, sparse_kd_items
-from lightning_distill.losses.fused import linear_head_of, worth_fusing
+from lightning_distill.losses.fused import linear_head_of, unprojected, worth_fusing
 from lightning_distill.losses.targets import cross_entropy
 from lightning_distill.losses.term import Term, reduce_items, teacher_outputs
 from lightning_distill.losses.top_k import topk_kl
@@ -127,7 +127,7 @@ class SparseKD(Term):
         student = step.student
         known = _known(step, self.vocabulary)
         tail = known.tail_log_prob if self.add_tail else None
-        if not _unprojected(student):
+        if not unprojected(student):
             return self._plain(step, known, tail)
         head = linear_head_of(student)
         assert student.hidden is not None
@@ -179,12 +179,7 @@ def _known(step: Step, vocabulary: int | None) -> TopKLogProbs:
 
 
 def _classes(student: Outputs) -> int:
-    return linear_head_of(student).out_features if _unprojected(student) else student.logits.shape[-1]
-
-
-def _unprojected(student: Outputs) -> bool:
-    """Whether there are hidden states and a linear output layer instead of logits."""
-    return not student.has_logits and student.hidden is not None and isinstance(student.head, nn.Linear)
+    return linear_head_of(student).out_features if unprojected(student) else student.logits.shape[-1]
 
 
 def _number(temperature: float | Tensor) -> float:

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill.adapters import has_adapter, leave_base_out, put_base_back
-from lightning_distill.export import standalone, write_network
+from lightning_distill.deferred import give_weights
+from lightning_distill.export import merged, standalone, write_network
 from lightning_distill.losses.lazy import is_unbuilt
 from lightning_distill.losses.term import Term, reduce_items
 from lightning_distill.modes import inference
@@ -28,6 +30,7 @@ from lightning_distill.modules.loss_log import LossLog
 from lightning_distill.modules.random_state import random_states_of_all_ranks, set_random_state
 from lightning_distill.outputs import Outputs, Step, StepRule
 from lightning_distill.rules import StatefulRule
+from lightning_distill.sharding import average_plain_gradients, data_parallel_mesh, shard, spread_parameters
 from lightning_distill.taps import Taps
 from lightning_distill.tasks import Classification, Task
 from lightning_distill.teachers.build import TeacherLike, build_teacher
@@ -104,7 +107,7 @@ class DistillationModule(L.LightningModule):
         if teacher is self.student:
             raise ValueError(
                 "`teacher` is the same object as `student`; it would be frozen. Pass `copy.deepcopy(student)`, or, for "
-                "a student with a PEFT adapter, `AdapterOffTeacher(student)`."
+                "a student with a PEFT adapter, `AdapterOffTeacher()`."
             )
         self.teacher = build_teacher(teacher, self.task)
         self.terms = nn.ModuleDict(_checked_terms(terms))
@@ -130,6 +133,7 @@ class DistillationModule(L.LightningModule):
 
         self._taps = Taps(self.student, self._tapped())
         if self.teacher is not None:
+            self.teacher.attach(self.student)
             self.teacher.tap(dict.fromkeys(name for term in terms.values() for name in term.teacher_taps))
         self._items = ItemCount()
         self._loss_log = LossLog()
@@ -138,6 +142,7 @@ class DistillationModule(L.LightningModule):
         self._total_steps = math.inf
         self._last_flush = -1
         self._random_states: list[dict[str, Any]] | None = None
+        self._put_together: Callable[[], nn.Module] | None = None  # of a student whose weights are spread
 
     # A batch on its way: batch -> Step -> losses -> one scalar. Usable without a Trainer: loss(observe(batch)).
 
@@ -214,6 +219,28 @@ class DistillationModule(L.LightningModule):
         if datamodule is not None and stage != "predict" and is_unbuilt(self.terms):
             self.build(first_samples(datamodule.train_dataloader()))
 
+    def configure_model(self) -> None:
+        """Bring student and teacher where they will be used.
+
+        Under a strategy with a device mesh, Lightning's ``ModelParallelStrategy``, the student's weights are spread
+        over the processes, and those of a teacher that wants it. Networks from
+        :func:`~lightning_distill.deferred.on_meta` get their weights. See ``docs/scaling.md``; override it for a plan
+        of your own.
+
+        Raises:
+            ValueError: If the mesh has a dimension for tensor parallelism.
+        """
+        mesh = None if self.device_mesh is None else data_parallel_mesh(self.device_mesh)
+        device = self.device if self._attached is None else self.trainer.strategy.root_device
+        if mesh is not None and self._put_together is None:
+            with self.untapped() as student:
+                self._put_together = shard(student, mesh)
+            for term in self.terms.values():
+                spread_parameters(term, mesh)
+        give_weights(self.student, device)
+        if self.teacher is not None:
+            self.teacher.place(device, mesh)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch: its losses, weighted, as one scalar."""
         if self.batch_transform is not None:
@@ -248,8 +275,12 @@ class DistillationModule(L.LightningModule):
         for rule in {id(rule): rule for rule in (self.temperature, *self.item_weights.values())}.values():
             if isinstance(rule, StatefulRule):
                 rule.end_step(self._over_ranks)
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        self._items.correct(parameters, self.trainer.accumulate_grad_batches, over_ranks=self._over_ranks)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self._put_together is not None:  # what is not spread, such as learned weights, nobody else averages
+            average_plain_gradients(parameters, self._mean_over_ranks)
+        # A strategy that accumulates by itself (DeepSpeed) comes here after every micro-batch.
+        accumulate = 1 if self.trainer.strategy.handles_gradient_accumulation else self.trainer.accumulate_grad_batches
+        self._items.correct(parameters, accumulate, over_ranks=self._over_ranks)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the losses when the Trainer's log is due."""
@@ -270,6 +301,12 @@ class DistillationModule(L.LightningModule):
                 "train on labels alone (for `KD`: `alpha=1.0`)."
             )
         _refuse_untrained(self.weighting, self.trainer.optimizers)
+        if self.trainer.accumulate_grad_batches > 1 and self.trainer.strategy.handles_gradient_accumulation:
+            rank_zero_warn(
+                f"{type(self.trainer.strategy).__name__} accumulates gradients by itself, as the mean of the means of "
+                "the micro-batches. That is the mean over all items only if every micro-batch has as many (packed "
+                "sequences do); with `accumulate_grad_batches=1` it always is."
+            )
         if self._random_states is not None:  # before the loader's iterator draws the order of the epoch
             if len(self._random_states) == self.trainer.world_size:
                 set_random_state(self._random_states[self.trainer.global_rank])
@@ -367,8 +404,8 @@ class DistillationModule(L.LightningModule):
             ValueError: If ``path`` is neither.
         """
         with self.untapped() as network:
-            student = standalone(network)
-        if path is not None:
+            student = standalone(network) if self._put_together is None else merged(self._put_together())
+        if path is not None and self._first_process:
             write_network(student, Path(path), overwrite=overwrite)
         return student
 
@@ -422,6 +459,11 @@ class DistillationModule(L.LightningModule):
     def _awaiting_teacher(self) -> bool:
         """Whether there will be a teacher, but it has nothing to say so far."""
         return self.teacher is not None and not self.teacher.ready
+
+    @property
+    def _first_process(self) -> bool:
+        trainer = self._attached
+        return trainer is None or trainer.is_global_zero
 
     @property
     def _over_ranks(self) -> Callable[[Tensor], Tensor] | None:

@@ -1,6 +1,7 @@
 """Whatever a student can learn from."""
 
 from lightning_distill.teachers.adapter import AdapterOffTeacher
+from lightning_distill.teachers.adapter_ema import AdapterEMATeacher
 from lightning_distill.teachers.build import TeacherLike, build_teacher, load_network
 from lightning_distill.teachers.cache import data_fingerprint, fingerprint, teacher_fingerprint
 from lightning_distill.teachers.cached import CachedTeacher
@@ -15,6 +16,7 @@ from lightning_distill.teachers.teacher import Teacher
 from lightning_distill.teachers.whole_network import WholeNetworkTeacher
 
 __all__ = [
+    "AdapterEMATeacher",
     "AdapterOffTeacher",
     "CachedTeacher",
     "EMATeacher",

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_distill.adapters import has_adapter
 from lightning_distill.modes import inference
 from lightning_distill.outputs import Outputs
+from lightning_distill.sharding import inside
 from lightning_distill.taps import Taps
 from lightning_distill.tasks import Task
 from lightning_distill.teachers.teacher import Teacher
@@ -24,51 +25,57 @@ class AdapterOffTeacher(Teacher):
     modes, adapters and ``requires_grad`` are what they were.
 
     Args:
-        student: The ``peft.PeftModel`` that is also passed as ``student``. ``modules_to_save`` are off as well: the
-            originals speak, which for a new classification head are random.
+        student: The ``peft.PeftModel`` that is also passed as ``student``; by default the module tells it, which is how
+            it is named in YAML. ``modules_to_save`` are off as well: the originals speak, which for a new
+            classification head are random.
 
     Raises:
-        TypeError: If ``student`` has no adapter.
-        ValueError: If something of the base is trained too, so that it would not stay what it is.
+        TypeError: If ``student`` has no adapter; from the module, if it was not given here.
+        ValueError: If something of the base is trained too, so that it would not stay what it is; or if it is given
+            here and the module's is another.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> student = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
-        >>> teacher = AdapterOffTeacher(student)  # KD(student, teacher, ...)
+        >>> teacher = AdapterOffTeacher()  # KD(student, teacher, ...)
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module | None = None) -> None:
         super().__init__()
-        if not has_adapter(student):
-            raise TypeError(
-                f"`student` must be a network under an adapter, `peft.get_peft_model(base, config)`, got "
-                f"{type(student).__name__}."
-            )
-        network: Any = student
-        biases = {getattr(config, "bias", "none") for config in network.peft_config.values()} - {"none"}
-        if biases:
-            raise ValueError(
-                f"The adapter trains the base's biases (bias={biases.pop()!r}), so with the adapter off the base "
-                "is not what it was. Use `bias='none'`, or another network as teacher."
-            )
-        with _adapter_off(network):
-            trained = [name for name, value in network.get_base_model().named_parameters() if value.requires_grad]
-        if trained:
-            raise ValueError(
-                f"The base is trained too ({trained[0]} and {len(trained) - 1} more require gradients), so it would "
-                "not stay what it is. Freeze them: `requires_grad_(False)`, or list the layers in `modules_to_save`."
-            )
-        object.__setattr__(self, "_network", network)  # it is the student's, and registered there
         self._names: tuple[str, ...] = ()
+        if student is not None:
+            self.attach(student)
+
+    def attach(self, student: nn.Module) -> None:
+        """Take the base of ``student``."""
+        known = self.__dict__.get("_network")
+        if known is not None and known is not student:
+            raise ValueError("This AdapterOffTeacher is of another student; make a new one, without arguments.")
+        _check_student(student)
+        object.__setattr__(self, "_network", student)  # it is the student's, and registered there
+
+    @property
+    def network(self) -> Any:
+        """The student that it belongs to, with its adapter.
+
+        Raises:
+            ValueError: If it belongs to none yet.
+        """
+        if "_network" not in self.__dict__:
+            raise ValueError(
+                "This AdapterOffTeacher belongs to no student yet: pass it to a module, as `KD(student, "
+                "AdapterOffTeacher())`, or name the student: `AdapterOffTeacher(student)`."
+            )
+        return self.__dict__["_network"]
 
     def forward(self, batch: Any, task: Task) -> Outputs:
         """What the base says about ``batch``, without a graph."""
-        network = self.__dict__["_network"]
+        network = self.network
         base = network.get_base_model()
         taps = Taps(base, self._names)  # for this pass only: the student's passes go through the same modules
         try:
             with inference(network), _adapter_off(network), taps.recording() as features:
-                outputs = task.run(base, batch)
+                outputs = inside(network, lambda: task.run(base, batch))
             outputs.features.update(features)
         finally:
             taps.remove()
@@ -76,9 +83,31 @@ class AdapterOffTeacher(Teacher):
 
     def tap(self, names: Iterable[str]) -> None:
         """Keep the activations of these submodules of the base in ``Outputs.features``; replaces earlier taps."""
-        taps = Taps(self.__dict__["_network"].get_base_model(), names)  # refuses unknown names
+        taps = Taps(self.network.get_base_model(), names)  # refuses unknown names
         taps.remove()
         self._names = taps.names
+
+
+def _check_student(student: nn.Module) -> None:
+    if not has_adapter(student):
+        raise TypeError(
+            f"`student` must be a network under an adapter, `peft.get_peft_model(base, config)`, got "
+            f"{type(student).__name__}."
+        )
+    network: Any = student
+    biases = {getattr(config, "bias", "none") for config in network.peft_config.values()} - {"none"}
+    if biases:
+        raise ValueError(
+            f"The adapter trains the base's biases (bias={biases.pop()!r}), so with the adapter off the base "
+            "is not what it was. Use `bias='none'`, or another network as teacher."
+        )
+    with _adapter_off(network):
+        trained = [name for name, value in network.get_base_model().named_parameters() if value.requires_grad]
+    if trained:
+        raise ValueError(
+            f"The base is trained too ({trained[0]} and {len(trained) - 1} more require gradients), so it would "
+            "not stay what it is. Freeze them: `requires_grad_(False)`, or list the layers in `modules_to_save`."
+        )
 
 
 @contextmanager

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
+from lightning_distill.deferred import give_weights
 from lightning_distill.outputs import Outputs
+from lightning_distill.sharding import is_sharded, shard
 from lightning_distill.taps import Taps
 from lightning_distill.tasks import Task, to_outputs
 from lightning_distill.teachers.teacher import Teacher
@@ -26,21 +29,23 @@ class FrozenTeacher(Teacher):
         network: Frozen in place: its parameters stop requiring gradients, and it is put in eval mode.
         dtype: Precision of its weights; by default what they are. It is independent of the Trainer's, and
             floating-point inputs are cast to it.
+        sharded: Whether a strategy that spreads the student over processes (``ModelParallelStrategy``) spreads this
+            network too: for a teacher that does not fit one device. Otherwise each process has a copy, which is faster.
 
     Raises:
         TypeError: If ``network`` is no module.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None, *, sharded: bool = False) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"`network` must be a `torch.nn.Module`, got {type(network).__name__}.")
         network.requires_grad_(False).eval()
         if dtype is not None:
             network.to(dtype)
-        # past nn.Module's registration; a floating-point weight, whose dtype is that of the network
-        object.__setattr__(self, "_network", network)
-        object.__setattr__(self, "_weight", next((p for p in network.parameters() if p.is_floating_point()), None))
+        object.__setattr__(self, "_network", network)  # past nn.Module's registration
+        self._remember_weight()
+        self.sharded = sharded
         self._taps = Taps(network, ())
 
     @property
@@ -65,6 +70,21 @@ class FrozenTeacher(Teacher):
         """Keep the activations of these submodules in ``Outputs.features``; replaces earlier taps."""
         self._taps.remove()
         self._taps = Taps(self.network, names)
+
+    def place(self, device: torch.device, mesh: DeviceMesh | None) -> None:
+        """Spread the network over the processes of ``mesh``, if it is ``sharded``; read weights that it lacks yet."""
+        if self.sharded and mesh is not None and not is_sharded(self.network):
+            names = self._taps.names
+            self._taps.remove()
+            shard(self.network, mesh)
+            self._taps = Taps(self.network, names)
+        give_weights(self.network, device)
+        self._remember_weight()
+
+    def _remember_weight(self) -> None:
+        """Keep a floating-point weight, whose dtype is that of the network, past nn.Module's registration."""
+        weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
+        object.__setattr__(self, "_weight", weight)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of this shell; the network stays in eval mode."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_distill.outputs import Outputs, Step
 from lightning_distill.tasks import Task
@@ -31,6 +33,9 @@ class Teacher(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} is a `Teacher` without a `forward(batch, task)`; define one.")
 
+    def attach(self, student: nn.Module) -> None:
+        """Learn whom it teaches; the module calls it once, before anything else. Most teachers need not know."""
+
     def rehearse(self, batch: Any, task: Task) -> Outputs | None:
         """Something of the shapes that it will say, also where it is not ready yet."""
         return self(batch, task)  # type: ignore[no-any-return]
@@ -54,3 +59,11 @@ class Teacher(nn.Module):
                 f"{type(self).__name__} has no inner activations, but a loss term reads {names}. "
                 "Use a teacher that is a network, or leave the term out."
             )
+
+    def place(self, device: torch.device, mesh: DeviceMesh | None) -> None:
+        """Bring weights where they will be used; called once, before the training starts.
+
+        Args:
+            device: Of this process.
+            mesh: Processes that share the student's weights, if there are; by default a teacher does not take part.
+        """

@@ -19,6 +19,8 @@ from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch, pro
 from lightning_distill.losses import SoftTargets, kl_divergence
 from lightning_distill.modes import inference
 from lightning_distill.tasks import CausalLM
+from lightning_distill.teachers import CachedTeacher
+from tests.teachers.cache.samples import write_dense
 
 END = 1
 SCRIPT = Path(__file__).with_name("on_policy_run.py")
@@ -106,9 +108,10 @@ class TestGeneratedBatch:
 
     def test_tells_what_was_generated_and_gives_no_labels(self):
         found = generated_batch(gpt2(), prompts(), max_new_tokens=6, seed=0)
-        assert set(found) == {"input_ids", "attention_mask", "labels", "distill_mask"}
+        assert set(found) == {"input_ids", "attention_mask", "labels", "distill_mask", "index"}
+        assert found["index"].tolist() == [0, 1, 2]
         assert (found["labels"] == -100).all()
-        assert len({value.shape for value in found.values()}) == 1
+        assert len({value.shape for name, value in found.items() if name != "index"}) == 1
         for row, length in enumerate(LENGTHS):
             generated = found["distill_mask"][row]
             assert not generated[:length].any()
@@ -305,7 +308,7 @@ class TestCallback:
         found = ["distill_mask" in batch for batch in batches]
         assert found == [on_policy.generates(step) for step in range(16)]
         assert 3 < sum(found) < 13
-        assert all("index" not in batch for batch in batches if "distill_mask" in batch)
+        assert all(torch.equal(batch["index"], torch.arange(3)) for batch in batches)  # whose prompts they continue
 
     def test_the_share_is_lmbda(self):
         for lmbda in (0.0, 0.3, 1.0):
@@ -402,6 +405,12 @@ class TestCallback:
         before = {name: value.clone() for name, value in module.state_dict().items()}
         self.run(make_trainer, OnPolicy(1.0, max_new_tokens=4), module=module, precision="bf16-mixed")
         assert all(not torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+    def test_refuses_a_teacher_that_knows_given_texts_alone(self, make_trainer, tmp_path):
+        write_dense(tmp_path, range(4))
+        module = KD(gpt2(), CachedTeacher(tmp_path), task=CausalLM())
+        with pytest.raises(ValueError, match=r"The teacher is a cache, .* it cannot judge what the student writes"):
+            make_trainer(callbacks=[OnPolicy()], max_epochs=1).fit(module, loader())
 
     def test_refuses_students_that_cannot_write(self, make_trainer):
         module = KD(nn.Linear(4, 3), alpha=1.0)

@@ -6,16 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_distill.losses import fused
 from lightning_distill.losses.big_vocabulary import (
     fused_linear_kd,
     fused_linear_kd_items,
     sparse_kd,
     sparse_kd_items,
 )
+from lightning_distill.losses.fused import FusedKD
 from lightning_distill.losses.linear_kd import default_chunk_size
-from lightning_distill.losses.soft_targets import jensen_shannon_divergence, kl_divergence
+from lightning_distill.losses.soft_targets import jensen_shannon_divergence, kl_divergence, skewed_kl_divergence
 from lightning_distill.losses.targets import cross_entropy
 from lightning_distill.losses.top_k import topk_kl
+from lightning_distill.outputs import Outputs, Step
 
 N, V, D, D_TEACHER, K = 23, 101, 16, 24, 7
 
@@ -69,6 +72,61 @@ def test_equals_the_plain_loss(tensors, temperature, beta, alpha, chunk_size):
     torch.testing.assert_close(gradients(result.loss * 3, student), gradients(expected * 3, student))
     assert not result.hard.requires_grad
     assert not result.soft.requires_grad
+
+
+@pytest.mark.parametrize("skew", [0.1, 0.9])
+@pytest.mark.parametrize("beta", [0, 1])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_skewed_divergences_equal_the_plain_ones(tensors, temperature, beta, skew):
+    student, teacher, labels, mask = tensors
+    z_s, z_t = logits(student, teacher)
+    direction = "reverse" if beta else "forward"
+    soft = skewed_kl_divergence(z_s, z_t, skew=skew, direction=direction, temperature=temperature).where(mask, 0)
+    hard = cross_entropy(z_s, labels).where(mask, 0)
+    expected = (0.3 * hard + 0.7 * soft).sum() / mask.sum()
+    options = {"temperature": temperature, "beta": beta, "skew": skew, "student_bias": student[2], "mask": mask}
+    result = fused_linear_kd(*student[:2], *teacher, labels, alpha=0.3, chunk_size=5, **options)
+    items = fused_linear_kd_items(*student[:2], *teacher, labels, chunk_size=5, **options)
+    torch.testing.assert_close(result.loss, expected)
+    torch.testing.assert_close(tuple(items), (hard, soft))
+    expected_gradients = gradients(expected, student)
+    torch.testing.assert_close(gradients(result.loss, student), expected_gradients)
+    torch.testing.assert_close(
+        gradients((0.3 * items.hard + 0.7 * items.soft).sum() / mask.sum(), student), expected_gradients
+    )
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+@pytest.mark.parametrize("skew", [1e-3, 0.5])
+def test_skewed_divergences_are_finite_at_extremes(beta, skew):
+    hidden = torch.tensor([[1e4, -1e4], [0.0, 0.0]], requires_grad=True)
+    result = fused_linear_kd(
+        hidden, torch.eye(2), hidden.detach().flip(1), torch.eye(2), alpha=0.0, beta=beta, skew=skew
+    )
+    assert 0 <= result.loss <= -math.log(skew)
+    (gradient,) = torch.autograd.grad(result.loss, hidden)
+    assert gradient.isfinite().all()
+
+
+def test_a_skew_needs_one_side(tensors):
+    student, teacher, _, _ = tensors
+    with pytest.raises(ValueError, match=r"`skew` needs `beta` 0 .* got skew=0.1 and beta=0.5"):
+        fused_linear_kd(*student[:2], *teacher, beta=0.5, skew=0.1)
+    with pytest.raises(ValueError, match=r"`skew` must be in \[0, 1\), got 1.0"):
+        FusedKD(skew=1.0)
+
+
+@pytest.mark.parametrize("threshold", [0, 2**40], ids=["chunks", "logits"])
+def test_the_term_is_skewed_in_both_ways(tensors, monkeypatch, threshold):
+    monkeypatch.setattr(fused, "PLAIN_BYTES", threshold)
+    student, teacher, labels, mask = (tensors[0], tensors[1], *tensors[2:])
+    heads = [torch.nn.Linear(d, V, bias=False, dtype=torch.float64) for d in (D, D_TEACHER)]
+    said, taught = Outputs(hidden=student[0], head=heads[0]), Outputs(hidden=teacher[0], head=heads[1])
+    value = FusedKD(0.3, beta=1, skew=0.2)(Step({}, said, taught, labels, mask, temperature=2.0))
+    z_s, z_t = heads[0](student[0]), heads[1](teacher[0])
+    soft = skewed_kl_divergence(z_s, z_t, skew=0.2, direction="reverse", temperature=2.0)
+    expected = (0.3 * cross_entropy(z_s, labels) + 0.7 * soft)[mask].mean()
+    torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
@@ -447,7 +505,7 @@ def test_operator_keeps_its_promises_to_the_compiler(tensors):
     student, teacher, labels, mask = tensors
     hidden, weight, bias = (x.detach() for x in student)
     scale = torch.ones(N, dtype=torch.float64)
-    options = (2.0, 0.4, True, -100, V, 8, torch.float64, torch.float64, True, True, True)
+    options = (2.0, 1.0, 0.2, True, -100, V, 8, torch.float64, torch.float64, True, True, True)
     arguments = (hidden, weight, bias, *teacher, None, None, None, labels, mask, None, scale, scale, *options)
     torch.library.opcheck(torch.ops.lightning_distill.linear_kd.default, arguments)
 

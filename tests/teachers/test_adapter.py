@@ -1,9 +1,11 @@
 """Students under a PEFT adapter: their own base as teacher, their checkpoints, their exports."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,7 +20,10 @@ from transformers import (
 
 from lightning_distill import KD
 from lightning_distill.adapters import frozen_base
+from lightning_distill.cli import main
+from lightning_distill.export import write_network
 from lightning_distill.modes import inference
+from lightning_distill.networks import from_config
 from lightning_distill.tasks import CausalLM, Classification, SequenceClassification
 from lightning_distill.teachers import FrozenTeacher
 from lightning_distill.teachers.adapter import AdapterOffTeacher
@@ -26,6 +31,8 @@ from lightning_distill.teachers.adapter import AdapterOffTeacher
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft 0.21 asks transformers 5.23 for it
 )
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def gpt2(seed=0):
@@ -329,3 +336,49 @@ class TestExport:
         network[1].running_mean.fill_(7.0)
         assert exported[0].weight.abs().sum() > 0
         assert exported[1].running_mean.abs().sum() == 0
+
+
+class TestConfigured:
+    """A teacher that is told its student by the module, so that YAML can name it."""
+
+    def test_the_module_tells_it_the_student(self):
+        student = lora()
+        module = module_of(student, teacher=AdapterOffTeacher())
+        expected = AdapterOffTeacher(student)(tokens(), CausalLM())
+        torch.manual_seed(0)
+        assert module.teacher.network is student
+        assert module.teacher(tokens(), CausalLM()).logits.shape == expected.logits.shape
+
+    def test_refuses_what_does_not_fit(self):
+        with pytest.raises(ValueError, match=r"belongs to no student yet.*AdapterOffTeacher\(student\)"):
+            AdapterOffTeacher()(tokens(), CausalLM())
+        with pytest.raises(ValueError, match="is of another student"):
+            module_of(lora(), teacher=AdapterOffTeacher(lora()))
+        with pytest.raises(TypeError, match=r"must be a network under an adapter.*got LlamaForCausalLM"):
+            module_of(llama(), teacher=AdapterOffTeacher())
+
+    @pytest.mark.filterwarnings("ignore")  # the command line shows users whatever it has to warn of
+    def test_the_example_trains_an_adapter_and_keeps_the_base_out_of_its_checkpoint(self, tmp_path, monkeypatch):
+        configuration = yaml.safe_load((EXAMPLES / "text_lora.yaml").read_text())
+        base = configuration["model"]["init_args"]["student"]["init_args"]["base"]["init_args"]
+        network = from_config(**base["network"]["init_args"])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("LIGHTNING_DISTILL_CACHE", str(tmp_path / "cache"))
+        write_network(network, tmp_path / base["path"])
+        (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i}: {i * i} and {i + 7}." for i in range(600)))
+        configuration["data"]["init_args"] |= {"files": ["text.txt"], "batch_size": 2}
+        configuration["trainer"] |= {
+            "max_steps": 2,
+            "logger": False,
+            "enable_progress_bar": False,
+            "limit_val_batches": 1,
+        }
+        (tmp_path / "lora.yaml").write_text(yaml.safe_dump(configuration))
+        main(["fit", "-c", "lora.yaml"])
+        (path,) = tmp_path.rglob("*.ckpt")
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["state_dict"]
+        assert all("lora_" in name for name in checkpoint["state_dict"])
+        module = KD.load_from_checkpoint(path, weights_only=True)  # the configuration is in it
+        assert isinstance(module.teacher, AdapterOffTeacher)
+        assert module.teacher.network is module.student
