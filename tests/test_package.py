@@ -20,6 +20,7 @@ ROOMS = [
     ".compression",
     ".datamodules",
     ".diagnostics",
+    ".layer_maps",
     ".losses",
     ".modules",
     ".search",

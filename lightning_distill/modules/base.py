@@ -380,14 +380,13 @@ class DistillationModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random numbers' state until the training starts; put the student's own base under an adapter."""
         self._random_states = checkpoint.get("random_states")
-        _leave_teacher_out(checkpoint, self)
-        own, stored = self.state_dict(), checkpoint["state_dict"]
-        for key in [key for key in stored if key.startswith(_RULES) and key not in own]:
-            del stored[key]  # a module for inference needs no rules
+        own, stored = self.state_dict().keys(), checkpoint.get("state_dict", {})  # spread weights come by themselves
+        for key in [key for key in stored if key not in own and key.startswith(("teacher.", _RULES))]:
+            del stored[key]  # inference needs neither a teacher that was trained along nor rules
         for name, network in self.student_networks().items():
             put_base_back(checkpoint, network, prefix=f"{name}.")
         resumes = self._attached is not None and self.trainer.state.fn == "fit"
-        _leave_weighting_out(checkpoint["state_dict"], self.state_dict().keys(), resumes=resumes)
+        _leave_weighting_out(stored, own, resumes=resumes)
 
     def export(self, path: str | Path | None = None, *, overwrite: bool = False) -> nn.Module:
         """The student alone: its own class, in eval mode, on the CPU, with no trace of the distillation.
@@ -558,13 +557,6 @@ def _nothing(step: Step, term: nn.Module) -> Tensor:
     outputs = step.student
     said = outputs.logits if outputs.has_logits or outputs.hidden is None else outputs.hidden
     return sum((parameter.sum() for parameter in term.parameters()), start=said.sum()) * 0.0
-
-
-def _leave_teacher_out(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Drop the weights of a teacher that was trained along, where the module that loads them has none."""
-    own = module.state_dict().keys()
-    for key in [key for key in checkpoint["state_dict"] if key.startswith("teacher.") and key not in own]:
-        del checkpoint["state_dict"][key]
 
 
 def _check_type(name: str, value: object, kind: type) -> None:
