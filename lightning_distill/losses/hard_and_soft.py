@@ -40,7 +40,7 @@ def hard_and_soft(
         scale_by_t2: As in :func:`kl_divergence`.
 
     Returns:
-        Three scalars with a graph, in float32 or wider.
+        Three scalars in float32 or wider; the first has a graph, the parts are for the log.
 
     Raises:
         ValueError: If the logits' shapes differ, or ``temperature`` is not positive and finite.
@@ -65,4 +65,4 @@ def hard_and_soft(
     share = 1 / max(math.prod(items), 1)
     soft_share = share * temperature**2 if scale_by_t2 else share
     total = (hard * (hard_weight * share)).add(soft, alpha=soft_weight * soft_share)
-    return total, hard * share, soft * soft_share
+    return total, hard.detach() * share, soft.detach() * soft_share

@@ -186,7 +186,7 @@ class DistillationModule(L.LightningModule):
         }
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar that is minimised, and the loss of each term in it."""
+        """The scalar that is minimised, and the loss of each term in it, for the log (see ``live`` for their graphs)."""
         live = self.live if self.live is not None and self.live.step is step else None
         losses = self.losses(step) if live is None else live.losses
         if live is not None:
