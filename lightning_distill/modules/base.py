@@ -186,7 +186,7 @@ class DistillationModule(L.LightningModule):
         }
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar that is minimised, and the loss of each term in it, for the log (see ``live`` for their graphs)."""
+        """The scalar that is minimised; the loss of each term, for the log (their graphs are in ``live``)."""
         live = self.live if self.live is not None and self.live.step is step else None
         losses = self.losses(step) if live is None else live.losses
         if live is not None:
@@ -381,7 +381,7 @@ class DistillationModule(L.LightningModule):
         """Keep the random numbers' state until the training starts; put the student's own base under an adapter."""
         self._random_states = checkpoint.get("random_states")
         own, stored = self.state_dict().keys(), checkpoint.get("state_dict", {})  # spread weights come by themselves
-        for key in [key for key in stored if key not in own and key.startswith(("teacher.", _RULES))]:
+        for key in [key for key in stored if key not in own and key.startswith(("teacher.", *_RULES))]:
             del stored[key]  # inference needs neither a teacher that was trained along nor rules
         for name, network in self.student_networks().items():
             put_base_back(checkpoint, network, prefix=f"{name}.")

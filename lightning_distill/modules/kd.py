@@ -109,7 +109,7 @@ class KD(DistillationModule):
         )
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar that is minimised, and the loss of each term in it, for the log (see ``live`` for their graphs).
+        """The scalar that is minimised; the loss of each term, for the log (their graphs are in ``live``).
 
         ``hard`` and ``soft`` are computed together where all items count alike and the weights are constants: the same
         numbers in less time.

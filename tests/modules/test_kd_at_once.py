@@ -97,7 +97,9 @@ def check(module, step):
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(total, module.weighting(expected))
     weight = module.student.weight
-    one, other = (torch.autograd.grad(value, weight)[0] for value in (total, module.weighting(expected)))
+    one, other = (
+        torch.autograd.grad(value, weight, retain_graph=True)[0] for value in (total, module.weighting(expected))
+    )
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert list(losses) == list(expected)
 
