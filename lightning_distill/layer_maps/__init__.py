@@ -11,6 +11,7 @@ from lightning_distill.layer_maps.choices import (
 )
 from lightning_distill.layer_maps.layer_map import LayerMap, explicit_map
 from lightning_distill.layer_maps.measure import LayerMeasurements, measure_layers
+from lightning_distill.layer_maps.pairs import MapName, named_pairs
 from lightning_distill.layer_maps.scores import (
     cka_similarity,
     fitted_cost,
@@ -23,6 +24,7 @@ from lightning_distill.layer_maps.shorten import Shortening, architecture_plan, 
 __all__ = [
     "LayerMap",
     "LayerMeasurements",
+    "MapName",
     "Shortening",
     "all_map",
     "architecture_plan",
@@ -38,6 +40,7 @@ __all__ = [
     "last_map",
     "measure_layers",
     "monotone_map",
+    "named_pairs",
     "nearest_map",
     "taylor_importance",
     "uniform_map",

@@ -7,12 +7,15 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_distill.layer_maps import MapName, named_pairs
 from lightning_distill.losses.distances import Distance
 from lightning_distill.losses.features import FeatureMatching
 from lightning_distill.losses.term import Term
 from lightning_distill.modules.base import Temperature
 from lightning_distill.modules.kd import KD
 from lightning_distill.teachers.build import TeacherLike
+from lightning_distill.teachers.frozen import FrozenTeacher
+from lightning_distill.teachers.teacher import Teacher
 from lightning_distill.weighting import Weighting
 
 FEATURES = "features"
@@ -29,7 +32,8 @@ class FeatureKD(KD):
         student: See :class:`KD`, as for all arguments not listed here.
         teacher: See :class:`KD`.
         pairs: Tap of the student to tap of the teacher, ``{"blocks.1": "layer2"}`` or ``{"hidden_states.3":
-            "hidden_states.6"}``.
+            "hidden_states.6"}``; or ``"uniform"``, ``"last"`` or ``"all"`` where both are networks with a list of
+            layers (see :func:`~lightning_distill.layer_maps.named_pairs`).
         temperature: See :class:`KD`.
         alpha: See :class:`KD`.
         feature_weight: Weight of the term ``"features"``, not negative; scales differ, so look at ``train/features``.
@@ -57,7 +61,7 @@ class FeatureKD(KD):
         self,
         student: nn.Module | str,
         teacher: TeacherLike,
-        pairs: Mapping[str, str],
+        pairs: Mapping[str, str] | MapName,
         temperature: Temperature = 4.0,
         alpha: float = 0.3,
         *,
@@ -74,6 +78,8 @@ class FeatureKD(KD):
             raise ValueError(f"`feature_weight` must not be negative, got {feature_weight}.")
         if terms and FEATURES in terms:
             raise ValueError(f"`terms` has a term named {FEATURES!r}, the name of the one made of `pairs`; rename it.")
+        if isinstance(pairs, str):
+            pairs = _pairs(student, teacher, pairs)
         matching = FeatureMatching(pairs, distance, transform, pair_weights, channel_dim)
         super().__init__(
             student,
@@ -84,3 +90,16 @@ class FeatureKD(KD):
             weights=weights if isinstance(weights, Weighting) else {FEATURES: feature_weight, **(weights or {})},
             **arguments,
         )
+
+
+def _pairs(student: object, teacher: object, name: MapName) -> dict[str, str]:
+    network = teacher.network if isinstance(teacher, FrozenTeacher) else teacher
+    for who, one in (("student", student), ("teacher", network)):
+        if not isinstance(one, nn.Module) or isinstance(one, Teacher):
+            raise ValueError(
+                f"`pairs={name!r}` looks for layers in both networks, but the {who} is a {type(one).__name__}. Pass "
+                "the network itself, or the pairs: `pairs={'student.layer': 'teacher.layer'}`."
+            )
+    assert isinstance(student, nn.Module)
+    assert isinstance(network, nn.Module)
+    return named_pairs(student, network, name)

@@ -10,6 +10,7 @@ from lightning_distill.cli import main
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.losses import FeatureMatching, SoftTargets
 from lightning_distill.networks import ConvNet2d, from_config
+from lightning_distill.teachers import FrozenTeacher
 from lightning_distill.weighting import FixedWeights
 
 
@@ -137,6 +138,29 @@ def test_from_yaml(tmp_path, monkeypatch):
     loaded = FeatureKD.load_from_checkpoint(checkpoint, weights_only=True)
     assert loaded.terms["features"].transforms[0].linear.weight.shape == (16, 8)
     assert loaded.weighting.weights()["features"] == 0.5
+
+
+def test_layers_are_paired_by_the_name_of_a_map():
+    config = {"vocab_size": 50, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 8}
+    student, teacher = (
+        from_config("bert", "sequence-classification", config | {"num_hidden_layers": layers}) for layers in (2, 4)
+    )
+    expected = {
+        "uniform": (("hidden_states.1", "hidden_states.2"), ("hidden_states.2", "hidden_states.4")),
+        "last": (("hidden_states.2", "hidden_states.4"),),
+    }
+    for name, pairs in expected.items():
+        for one in (teacher, FrozenTeacher(teacher)):
+            module = FeatureKD(student, one, name, task=SequenceClassification())
+            assert module.terms["features"].pairs == pairs
+    convolutions = FeatureKD(ConvNet2d((4, 8)), ConvNet2d((4, 8)), "all")
+    assert convolutions.terms["features"].pairs == (("blocks.0", "blocks.0"), ("blocks.1", "blocks.1"))
+    with pytest.raises(ValueError, match="`all_map` needs networks of equal depth, got a student with 2 layers"):
+        FeatureKD(student, teacher, "all", task=SequenceClassification())
+    with pytest.raises(ValueError, match="`pairs` must map taps to taps or be one of uniform, last, all, got 'skip'"):
+        FeatureKD(student, teacher, "skip", task=SequenceClassification())
+    with pytest.raises(ValueError, match="looks for layers in both networks, but the teacher is a function"):
+        FeatureKD(student, lambda batch: batch[0], "uniform", task=SequenceClassification())
 
 
 def test_bad_arguments_are_refused():
