@@ -183,6 +183,18 @@ def test_the_best_weights_of_a_generation_go_on(make_trainer):
     torch.testing.assert_close(said["logits"], exported(loader(seed=2).dataset.tensors[0][:8]))
 
 
+def test_each_generation_has_a_best_of_its_own(make_trainer):
+    """Also where all of its values are worse than those of the generation before."""
+    module = BornAgain(network(), generations=3, monitor="val/accuracy", optimizer=sgd, keep=True)
+    keep_best = module._keep_best
+    module._keep_best = lambda value: keep_best(-float(module.trainer.current_epoch))
+    _, spy = fit(make_trainer, module, epochs=6)
+    first, second = module.networks()[:2]
+    assert equal(first.state_dict(), spy.ends[0])
+    assert equal(second.state_dict(), spy.ends[2])
+    assert equal(module.export(which="best").state_dict(), spy.ends[0])
+
+
 @pytest.mark.chapter("B04", api="lightning_distill.teachers.MeanPrediction")
 def test_the_ensemble_predicts_is_exported_and_is_no_worse_than_its_members_on_average(make_trainer, tmp_path):
     module = BornAgain(network(), generations=3, predict_with="ensemble", optimizer=sgd)
