@@ -272,11 +272,13 @@ class DistillationModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the accumulated gradient that of the mean over all items of the step; tell the rules that it is over."""
-        for rule in {id(rule): rule for rule in (self.temperature, *self.item_weights.values())}.values():
-            if isinstance(rule, StatefulRule):
-                rule.end_step(self._over_ranks)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.item_weights or not isinstance(self.temperature, float):
+            for rule in {id(rule): rule for rule in (self.temperature, *self.item_weights.values())}.values():
+                if isinstance(rule, StatefulRule):
+                    rule.end_step(self._over_ranks)
+        parameters: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
         if self._put_together is not None:  # what is not spread, such as learned weights, nobody else averages
+            parameters = list(parameters)
             average_plain_gradients(parameters, self._mean_over_ranks)
         # A strategy that accumulates by itself (DeepSpeed) comes here after every micro-batch.
         accumulate = 1 if self.trainer.strategy.handles_gradient_accumulation else self.trainer.accumulate_grad_batches

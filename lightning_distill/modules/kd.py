@@ -140,7 +140,7 @@ class KD(DistillationModule):
 
 def _plain_pair(terms: nn.ModuleDict) -> tuple[CrossEntropy, SoftTargets] | None:
     """The terms of the default loss, where there are no others; a subclass may compute something else."""
-    if terms.keys() != {"hard", "soft"}:
+    if len(terms) != 2 or "hard" not in terms or "soft" not in terms:
         return None
     hard, soft = terms["hard"], terms["soft"]
     if type(hard) is CrossEntropy and type(soft) is SoftTargets and soft.beta == soft.skew == 0:
