@@ -40,7 +40,8 @@ def uncertainty_weighted(losses: Tensor, log_variances: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(torch.promote_types(losses.dtype, log_variances.dtype), torch.float32)
     s = log_variances.to(dtype)
-    return 0.5 * (torch.exp(-s) * losses.to(dtype) + s).sum()  # no dot product: autocast would take it in float16
+    # no dot product: autocast would take it in float16
+    return 0.5 * torch.addcmul(s, torch.exp(-s), losses.to(dtype)).sum()
 
 
 class UncertaintyWeights(Weighting):
