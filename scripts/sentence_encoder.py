@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="of the student")
     parser.add_argument("--sentences", type=int, default=480, help="to train on")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=1.5e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     options = parser.parse_args()
 
     L.seed_everything(0, verbose=False)

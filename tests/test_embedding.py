@@ -59,6 +59,10 @@ def test_embeddings_are_means_over_what_is_no_padding_and_do_not_depend_on_it():
             torch.testing.assert_close(vector, mean / mean.norm())
         padded = {key: nn.functional.pad(one[key], (0, 3)) for key in ("input_ids", "attention_mask")}
         torch.testing.assert_close(task.run(network, padded).logits, found, atol=1e-5, rtol=0)
+    means = torch.stack(
+        [states[mask].mean(0) for states, mask in zip(hidden, one["attention_mask"].bool(), strict=True)]
+    )
+    torch.testing.assert_close(pool(hidden, one["attention_mask"].bool()), means)  # also where no length hides a factor
     first = pool(hidden, one["attention_mask"].bool(), "first")
     torch.testing.assert_close(first, hidden[:, 0])
     left = torch.tensor([[False, True, True]])

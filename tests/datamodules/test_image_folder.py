@@ -1,5 +1,7 @@
 """Images in folders: classes, splits, pixels, cache, and a training on them."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,23 @@ def test_a_second_run_reads_no_image_until_one_changes(folder, cache, monkeypatc
     changed = ImageFolderDataModule(folder, size=8).splits
     assert len(read) == 60
     assert not torch.equal(torch.cat([changed.train[0], changed.test[0]]), torch.cat([first.train[0], first.test[0]]))
+
+
+def test_an_image_that_changes_without_its_size_is_read_again(folder):
+    for name, colour in {"grey": (80, 80, 80), "white": (255, 255, 255)}.items():
+        (folder / name).mkdir()
+        Image.new("RGB", (8, 8), colour).save(folder / name / "0.bmp")
+    picture = folder / "grey" / "0.bmp"
+    arguments = {"size": 4, "validation": 0.0, "test": 0.0}
+    before = ImageFolderDataModule(folder, **arguments).splits.train
+    size = picture.stat().st_size
+    Image.new("RGB", (8, 8), (160, 160, 160)).save(picture)
+    os.utime(picture, ns=(0, 1))
+    assert picture.stat().st_size == size
+    after = ImageFolderDataModule(folder, **arguments).splits.train
+    grey = int((before[1] == 2).nonzero()[0])  # blue, green, grey, red, white
+    assert before[0][grey].unique().tolist() == pytest.approx([80 / 255])
+    assert after[0][grey].unique().tolist() == pytest.approx([160 / 255])
 
 
 def test_a_network_learns_from_them(folder, make_trainer):

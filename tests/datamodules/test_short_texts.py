@@ -86,6 +86,9 @@ def test_parts_depend_on_the_text_alone_and_larger_choices_contain_smaller_ones(
     few, many = (set(data(file, train_size=size).texts.train["text"]) for size in (20, 50))
     assert len(few) == 20
     assert few < many < texts[0]
+    turned = tmp_path / "turned.txt"
+    turned.write_text("\n".join(map(sentence, reversed(range(300)))))
+    assert set(data(turned, train_size=20).texts.train["text"]) == few  # whatever the order of the file
     assert len(data(file, eval_size=7).parts.test) == 7
     none = data(file, validation=0.0, test=0.0)
     assert none.parts.validation is None
