@@ -109,7 +109,7 @@ class Learned(Weighting):
         return {"features": self.weight.detach()}
 
 
-def with_projections(folder, devices, batch_size, accumulate):
+def with_projections(folder, devices, batch_size, accumulate, **more):
     """What a step changed in the student, in a projection of features and in a learned weight."""
     student, pairs = gpt2(16, 1), {"hidden_states.1": "hidden_states.2"}
     teacher = gpt2(24, 2)
@@ -119,7 +119,7 @@ def with_projections(folder, devices, batch_size, accumulate):
     torch.manual_seed(4)
     run.build(next(iter(DataLoader(Texts(), batch_size=2))))
     projection = vector(run.terms["features"])
-    fit = trainer(folder, devices=devices, max_epochs=1, accumulate_grad_batches=accumulate)
+    fit = trainer(folder, devices=devices, max_epochs=1, accumulate_grad_batches=accumulate, **more)
     fit.fit(run, DataLoader(Texts(), batch_size=batch_size))
     after = run.terms["features"].state_dict().values()
     after = torch.cat(
@@ -216,6 +216,8 @@ def from_files(folder):
 def on_policy(folder):
     """Batches that the student writes itself."""
     run = module(gpt2(16, 1), rate=0.01)
+    # half of the tokens end a text, so that the texts of one process are finished before those of the other
+    run.student.generation_config.eos_token_id = list(range(30))
     # one row is a prompt as a whole, so that one process has room for fewer tokens than the other
     fit = trainer(folder, max_epochs=1, callbacks=[OnPolicy(1.0, max_new_tokens=8, min_prompt=4)])
     fit.fit(run, DataLoader(Texts(), batch_size=4))
@@ -236,6 +238,7 @@ if __name__ == "__main__":
     found = {
         "gradients": lambda: gradients(target),
         "projections": lambda: [with_projections(target, 2, *split) for split in [(16, 1), (3, 6)]],
+        "clipped": lambda: with_projections(target, 2, 3, 6, gradient_clip_val=0.1),
         "shards": lambda: resumed(target, whole=False),
         "whole": lambda: resumed(target, whole=True),
         "evaluated": lambda: evaluated(target),

@@ -68,6 +68,15 @@ def test_projections_and_learned_weights_get_the_gradient_of_one_process(found, 
             assert (value - whole[part]).norm() <= 1e-5 * whole[part].norm(), part
 
 
+def test_clipping_takes_all_gradients_together(found, tmp_path):
+    """Those that are spread, and that of a learned weight, which is not."""
+    whole = sharded_run.with_projections(tmp_path, 1, 32, 1, gradient_clip_val=0.1)
+    total = sum(value.norm() ** 2 for value in whole.values()).sqrt()
+    torch.testing.assert_close(total, torch.tensor(0.1), rtol=1e-4, atol=0)  # something was clipped
+    for part, value in found[0]["clipped"].items():
+        assert (value - whole[part]).norm() <= 1e-5 * whole[part].norm(), part
+
+
 @pytest.mark.parametrize("kind", ["shards", "whole"])
 def test_resumes_exactly_from_both_kinds_of_checkpoint(folder, found, kind):
     assert (folder / "shards-1.ckpt" / "meta.pt").is_file()
