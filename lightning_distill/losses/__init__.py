@@ -12,6 +12,7 @@ from lightning_distill.losses.auxiliary_heads import AuxiliaryHeads, auxiliary_h
 from lightning_distill.losses.big_vocabulary import (
     FusedLoss,
     KDItems,
+    fused_linear_cross_entropy,
     fused_linear_kd,
     fused_linear_kd_items,
     sparse_kd,
@@ -59,7 +60,7 @@ from lightning_distill.losses.embeddings import (
     similarity_matching,
 )
 from lightning_distill.losses.features import FeatureMatching
-from lightning_distill.losses.fused import FusedKD
+from lightning_distill.losses.fused import FusedCrossEntropy, FusedKD
 from lightning_distill.losses.items import per_item
 from lightning_distill.losses.language_modelling import (
     AdaptiveTokenWeight,
@@ -130,6 +131,7 @@ __all__ = [
     "EntropyTokenWeight",
     "FeatureAlignment",
     "FeatureMatching",
+    "FusedCrossEntropy",
     "FusedKD",
     "FusedLoss",
     "HierarchicalContext",
@@ -182,6 +184,7 @@ __all__ = [
     "deep_supervision_loss",
     "effective_share",
     "embedding_distance",
+    "fused_linear_cross_entropy",
     "fused_linear_kd",
     "fused_linear_kd_items",
     "head_tier",

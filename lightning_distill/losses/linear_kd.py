@@ -63,7 +63,7 @@ def linear_kd(
         hidden: Of the student, shape ``(N, d)``.
         weight: Of the student's output layer, shape ``(V, d)``.
         bias: Shape ``(V,)``.
-        teacher_hidden: Shape ``(N, d_t)``; ``None`` for a teacher that is known by ``ids`` and ``coarse``.
+        teacher_hidden: Shape ``(N, d_t)``; ``None`` for a teacher that is known by ``ids`` and ``coarse``, or for none.
         teacher_weight: Shape ``(V_t, d_t)``.
         teacher_bias: Shape ``(V_t,)``.
         ids: Kept classes, shape ``(N, k)``.
@@ -99,14 +99,14 @@ def linear_kd(
     items = torch.arange(len(hidden), device=hidden.device) if mask is None else mask.nonzero().squeeze(1)
     chunks = items.chunk(max(math.ceil(len(items) / chunk_size), 1))  # even, without a small rest
     student = _OutputLayer(weight, bias, vocabulary, dtype, len(chunks[0]))
-    teacher: _DenseTeacher | _TopKTeacher
+    teacher: _DenseTeacher | _TopKTeacher | _NoTeacher
     if teacher_hidden is not None and teacher_weight is not None:
         layer = _OutputLayer(teacher_weight, teacher_bias, vocabulary, teacher_dtype, len(chunks[0]))
         teacher = _DenseTeacher(teacher_hidden, layer, beta, skew)
-    else:
-        assert ids is not None
-        assert coarse is not None
+    elif ids is not None and coarse is not None:
         teacher = _TopKTeacher(ids, coarse.to(wide), beta)
+    else:
+        teacher = _NoTeacher()
     block_size = max(min(len(chunks[0]), _block_size(hidden.device.type, vocabulary)), 1)
     work = hidden.new_empty(4, block_size, vocabulary, dtype=wide)
 
@@ -213,6 +213,17 @@ class _TopKTeacher:
         value = _divergence(log_q, log_p, log_q.new_empty(2, *log_q.shape), beta=self.beta)
         share.mul_(log_q[:, -1:]).scatter_(1, ids, log_q[:, :-1])
         return value
+
+
+class _NoTeacher:
+    """Labels alone."""
+
+    def read(self, chunk: Tensor) -> None:
+        """Nothing is known."""
+
+    def compare(self, logits: Tensor, block: slice, temperature: float | Tensor, work: Tensor) -> Tensor:
+        """0 for each row of the block, and a gradient of 0 in ``work[0]``."""
+        return work[0].zero_()[:, :1]
 
 
 def _divergence(log_q: Tensor, log_p: Tensor, work: Tensor, *, beta: float) -> Tensor:
