@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_distill import DistillationModule
-from lightning_distill.losses import FusedCrossEntropy, FusedKD, SparseKD, fused
+from lightning_distill.losses import CrossEntropy, FusedCrossEntropy, FusedKD, SparseKD, fused
 from lightning_distill.networks import from_config
 from lightning_distill.tasks import CausalLM
 from lightning_distill.teachers import CachedTeacher, FrozenTeacher
@@ -99,7 +99,6 @@ def storage(folder: Path, rounds: int, vocabulary: int = 32768) -> None:
 def steps(folder: Path, vocabulary: int, rounds: int) -> None:
     """Time of one step, cached and live, relative to the student alone."""
     torch.manual_seed(0)
-    fused.PLAIN_BYTES = 0  # all variants alike take chunks
     student, teacher = gpt(vocabulary, 128, layers=4), gpt(vocabulary, 256, layers=4)
     batch = {
         "input_ids": torch.randint(vocabulary, (4, 128)),
@@ -118,7 +117,14 @@ def steps(folder: Path, vocabulary: int, rounds: int) -> None:
     if everything:
         exact = step(student, CachedTeacher(folder / "all"), SparseKD(ALPHA), batch)
         torch.testing.assert_close(exact(), live(), rtol=2e-3, atol=0)
-    variants = {"alone": alone, "alone again (noise floor)": alone, "cached teacher": cached, "live teacher": live}
+    variants = {
+        "alone, plain loss": step(student, None, CrossEntropy(), batch),
+        "alone": alone,
+        "alone again (noise floor)": alone,
+        "cached teacher": cached,
+        "live teacher": live,
+        "live teacher, plain loss": step(student, frozen, FusedKD(ALPHA), batch, fuse=False),
+    }
     times: dict[str, list[float]] = {name: [] for name in variants}
     for variant in variants.values():
         variant()
@@ -132,11 +138,10 @@ def steps(folder: Path, vocabulary: int, rounds: int) -> None:
     title = (
         f"{vocabulary} classes, 512 tokens, student of {body(student) / 1e6:.1f} M, teacher {ratio:.1f} times larger"
     )
-    table = Table("step", "ms", "of alone", "of the live teacher's", title=title)
+    table = Table("step", "ms", "of alone", "plain", "of the live teacher's", "plain", title=title)
+    bases = ("alone", "alone, plain loss", "live teacher", "live teacher, plain loss")
     for name, value in medians.items():
-        table.add_row(
-            name, f"{value * 1e3:.0f}", f"{value / medians['alone']:.3f}", f"{value / medians['live teacher']:.3f}"
-        )
+        table.add_row(name, f"{value * 1e3:.0f}", *(f"{value / medians[base]:.3f}" for base in bases))
     rich.print(table)
 
 
@@ -169,13 +174,19 @@ def write(folder: Path, teacher: FrozenTeacher, task: CausalLM, batch: Batch, k:
 
 
 def step(
-    student: nn.Module, teacher: FrozenTeacher | CachedTeacher | None, term: nn.Module, batch: Batch
+    student: nn.Module,
+    teacher: FrozenTeacher | CachedTeacher | None,
+    term: nn.Module,
+    batch: Batch,
+    *,
+    fuse: bool = True,
 ) -> Callable[[], Tensor]:
     """One optimizer step that leaves the weights as they are, so that all variants see the same ones."""
     module = DistillationModule(student, teacher, temperature=TEMPERATURE, terms={"kd": term}, task=CausalLM())
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
 
     def run() -> Tensor:
+        fused.PLAIN_BYTES = 0 if fuse else 2**62
         optimizer.zero_grad()
         loss, _ = module.loss(module.observe(batch))
         loss.backward()  # type: ignore[no-untyped-call]

@@ -410,9 +410,7 @@ def test_an_adapter_s_folder_gives_its_base_under_the_adapter(tmp_path, make_tra
     assert all("lora_" in name for name in trained)
     make_trainer(max_epochs=1).fit(module, DataLoader([language_batch()], batch_size=None))
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(
-        FileNotFoundError, match=r"adapter without its base, which it says is '.*base'\. Bring"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"adapter without its base, which it says is '.*base'\. Bring"):
         KD(str(adapter), alpha=1.0, task=CausalLM())
     with pytest.raises(FileNotFoundError, match=r"There is no model '.*base', neither a folder nor on the hub"):
         KD(str(base), alpha=1.0, task=CausalLM())
