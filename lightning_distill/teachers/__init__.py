@@ -6,6 +6,14 @@ from lightning_distill.teachers.build import TeacherLike, build_teacher, load_ne
 from lightning_distill.teachers.cache import data_fingerprint, fingerprint, teacher_fingerprint
 from lightning_distill.teachers.cached import CachedTeacher
 from lightning_distill.teachers.ema import EMATeacher, momentum_alpha, scale_momentum
+from lightning_distill.teachers.ensemble import (
+    EnsembleTeacher,
+    complexity_weights,
+    ensemble_log_probs,
+    ensemble_shares,
+    learn_weights,
+    performance_weights,
+)
 from lightning_distill.teachers.follow import FollowedTeacher
 from lightning_distill.teachers.frozen import FrozenTeacher, FunctionTeacher
 from lightning_distill.teachers.other_tokenizer import OtherTokenizerTeacher
@@ -20,6 +28,7 @@ __all__ = [
     "AdapterOffTeacher",
     "CachedTeacher",
     "EMATeacher",
+    "EnsembleTeacher",
     "FollowedTeacher",
     "FrozenTeacher",
     "FunctionTeacher",
@@ -32,10 +41,15 @@ __all__ = [
     "TeacherLike",
     "WholeNetworkTeacher",
     "build_teacher",
+    "complexity_weights",
     "data_fingerprint",
+    "ensemble_log_probs",
+    "ensemble_shares",
     "fingerprint",
+    "learn_weights",
     "load_network",
     "momentum_alpha",
+    "performance_weights",
     "prepend_tokens",
     "prompt_ensemble",
     "scale_momentum",
