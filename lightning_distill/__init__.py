@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         DeepSupervision,
         DistillationModule,
         FeatureKD,
+        ProgressiveStage,
         StochasticDepthSelfKD,
     )
     from lightning_distill.outputs import Outputs, Step
+    from lightning_distill.pipeline import Pipeline, Stage
     from lightning_distill.tasks import CausalLM, Classification, Regression, SequenceClassification, Task
 
 __version__ = "0.1.0.dev0"
@@ -31,8 +33,10 @@ _ROOMS = {
         "DeepSupervision",
         "DistillationModule",
         "FeatureKD",
+        "ProgressiveStage",
         "StochasticDepthSelfKD",
     ),
+    "lightning_distill.pipeline": ("Pipeline", "Stage"),
     "lightning_distill.outputs": ("Outputs", "Step"),
     "lightning_distill.tasks": ("CausalLM", "Classification", "Regression", "SequenceClassification", "Task"),
 }
@@ -49,8 +53,11 @@ __all__ = [
     "Experiment",
     "FeatureKD",
     "Outputs",
+    "Pipeline",
+    "ProgressiveStage",
     "Regression",
     "SequenceClassification",
+    "Stage",
     "Step",
     "StochasticDepthSelfKD",
     "Task",

@@ -31,6 +31,7 @@ from lightning_distill.callbacks.scheduled_weights import ScheduledWeights
 from lightning_distill.callbacks.selection import LogSelection
 from lightning_distill.callbacks.snapshot_teacher import SnapshotTeacher
 from lightning_distill.callbacks.soft_label_refinement import SoftLabelRefinement
+from lightning_distill.callbacks.stage_checkpoint import StageCheckpoint
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 from lightning_distill.callbacks.weight_report import WeightReport
 from lightning_distill.callbacks.weighting import MGDA, CAGrad, PCGrad, UncertaintyWeighting
@@ -60,6 +61,7 @@ __all__ = [
     "ScheduledWeights",
     "SnapshotTeacher",
     "SoftLabelRefinement",
+    "StageCheckpoint",
     "TaskDifficulty",
     "TemperatureAnnealing",
     "UncertaintyWeighting",
