@@ -1,4 +1,4 @@
-"""The finished stages of a pipeline, as the next one sees them."""
+"""The earlier stages of a pipeline, as the next one sees them."""
 
 from __future__ import annotations
 
@@ -7,55 +7,98 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
 from lightning_distill.layer_maps import build_student, find_stack, uniform_map
+from lightning_distill.teachers import FollowedTeacher, FrozenTeacher, Teacher
 
 
 @dataclass(frozen=True)
-class FinishedStage:
-    """A stage that is done.
+class Following:
+    """How to follow a stage that is still being trained; see :class:`~lightning_distill.teachers.FollowedTeacher`.
+
+    Attributes:
+        folder: Where it publishes its weights.
+        check_every: Training batches between two looks.
+        max_age: Training batches that may be taught by one version.
+        timeout: Longest wait, seconds.
+    """
+
+    folder: Path
+    check_every: int = 10
+    max_age: int | None = None
+    timeout: float = 3600.0
+
+
+@dataclass(frozen=True)
+class EarlierStage:
+    """A stage before.
 
     Attributes:
         name: Of the stage.
-        network: What it trained, with the weights of its best checkpoint: on the CPU, in eval mode. Shared; whoever
-            trains it further takes a copy.
+        network: What it trained, with the weights of its best checkpoint: on the CPU, in eval mode, frozen. Shared;
+            whoever trains it further takes a copy.
         metrics: Validation and test metrics of these weights, and ``"parameters"``.
+        following: Set if the stage is still being trained: ``network`` then has other weights than it will have.
     """
 
     name: str
     network: nn.Module
     metrics: Mapping[str, float] = field(default_factory=dict)
+    following: Following | None = None
+
+    def teacher(self) -> Teacher:
+        """A teacher of its own copy of the network, which follows a stage that is still being trained."""
+        network = copy.deepcopy(self.network)
+        if (following := self.following) is None:
+            return FrozenTeacher(network)
+        return FollowedTeacher(
+            str(following.folder), network, following.check_every, following.max_age, following.timeout
+        )
+
+    def copied(self) -> nn.Module:
+        """A copy of the network to train further, in training mode.
+
+        Raises:
+            ValueError: If the stage is still being trained.
+        """
+        if self.following is not None:
+            raise ValueError(
+                f"The stage {self.name!r} is still being trained, so that no network can be made of its own. Use "
+                "`stage_teacher` for a teacher that follows it, or run the stages one after the other."
+            )
+        return copy.deepcopy(self.network).requires_grad_(True).train()
 
 
-class Earlier(Sequence[FinishedStage]):
+class Earlier(Sequence[EarlierStage]):
     """The stages before the one that is being built, in order.
 
     Args:
         stages: All of them.
     """
 
-    def __init__(self, stages: Sequence[FinishedStage] = ()) -> None:
+    def __init__(self, stages: Sequence[EarlierStage] = ()) -> None:
         self._stages = list(stages)
 
     def __len__(self) -> int:
         return len(self._stages)
 
-    def __getitem__(self, index: int) -> FinishedStage:  # type: ignore[override]  # no slices
+    def __getitem__(self, index: int) -> EarlierStage:  # type: ignore[override]  # no slices
         return self._stages[index]
 
     @property
-    def first(self) -> FinishedStage:
+    def first(self) -> EarlierStage:
         """The first stage: as a rule the original teacher."""
         return self._any()[0]
 
     @property
-    def previous(self) -> FinishedStage:
+    def previous(self) -> EarlierStage:
         """The stage before."""
         return self._any()[-1]
 
-    def named(self, name: str) -> FinishedStage:
+    def named(self, name: str) -> EarlierStage:
         """The stage of this name; ``"previous"`` and ``"first"`` are known too.
 
         Raises:
@@ -71,7 +114,7 @@ class Earlier(Sequence[FinishedStage]):
             "'previous' and 'first'."
         )
 
-    def _any(self) -> list[FinishedStage]:
+    def _any(self) -> list[EarlierStage]:
         if not self._stages:
             raise ValueError(
                 "There is no earlier stage to take a network from. The first stage of a pipeline trains the teacher; "
@@ -109,8 +152,19 @@ def stage_network(stage: str = "previous") -> nn.Module:
     Raises:
         ValueError: If there is no such stage, or no pipeline that builds one.
     """
-    network = copy.deepcopy(_current().named(stage).network)
-    return network.requires_grad_(True).train()
+    return _current().named(stage).copied()
+
+
+def stage_teacher(stage: str = "previous") -> Teacher:
+    """What an earlier stage of the pipeline trained, as a teacher; it follows a stage that is still being trained.
+
+    Args:
+        stage: Its name, ``"previous"`` or ``"first"``.
+
+    Raises:
+        ValueError: If there is no such stage, or no pipeline that builds one.
+    """
+    return _current().named(stage).teacher()
 
 
 def shortened(layers: int | Sequence[int], stage: str = "previous", stack: str | None = None) -> nn.Module:
@@ -126,10 +180,11 @@ def shortened(layers: int | Sequence[int], stage: str = "previous", stack: str |
         ValueError: If the network has fewer layers, no list of layers is found, or there is no such stage.
     """
     found = _current().named(stage)
-    path = find_stack(found.network) if stack is None else stack
+    network = found.copied()
+    path = find_stack(network) if stack is None else stack
     kept = layers
     if isinstance(layers, int):
-        stacked: nn.Sequential | nn.ModuleList = found.network.get_submodule(path)  # type: ignore[assignment]
+        stacked: nn.Sequential | nn.ModuleList = network.get_submodule(path)  # type: ignore[assignment]
         if not 1 <= layers <= len(stacked):
             raise ValueError(
                 f"`layers` must be from 1 to {len(stacked)}, as many as the stage {found.name!r} has in {path!r}, got "
@@ -137,23 +192,25 @@ def shortened(layers: int | Sequence[int], stage: str = "previous", stack: str |
             )
         kept = uniform_map(layers, len(stacked)).teacher
     assert not isinstance(kept, int)
-    return build_student(found.network, kept, stack=path)
+    return build_student(network, kept, stack=path)
 
 
 def _current() -> Earlier:
     earlier = current_stages()
     if earlier is None:
         raise ValueError(
-            "`stage_network` and `shortened` work where a pipeline builds a stage; elsewhere pass networks."
+            "`stage_network`, `stage_teacher` and `shortened` work where a pipeline builds a stage. Pass a network."
         )
     return earlier
 
 
 __all__ = [
     "Earlier",
-    "FinishedStage",
+    "EarlierStage",
+    "Following",
     "current_stages",
     "earlier_stages",
     "shortened",
     "stage_network",
+    "stage_teacher",
 ]

@@ -20,6 +20,7 @@ from lightning_distill.cli.comparison import (
 from lightning_distill.cli.unparsed import Unparsed
 from lightning_distill.comparison import Experiment
 from lightning_distill.pipeline import Pipeline, PipelineReport, Stage
+from lightning_distill.pipeline.running import first_process
 from lightning_distill.stages import Earlier
 
 SETTINGS = ("monitor", "mode", "save_every_n_steps")
@@ -102,8 +103,6 @@ class _ConfiguredStage:
 
 
 def _show(report: PipelineReport) -> None:
-    from lightning.pytorch.utilities import rank_zero_only
-
-    if int(getattr(rank_zero_only, "rank", 0) or 0) == 0:
+    if first_process():
         rich.print(report)
         rich.print(f"Networks, checkpoints and plot are in [bold]{report.folder}[/bold].")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from lightning_distill.modules.base import (
 )
 from lightning_distill.modules.kd import KD
 from lightning_distill.residual import ResidualEnsemble, residual_members
-from lightning_distill.stages import Earlier, FinishedStage, current_stages
+from lightning_distill.stages import Earlier, EarlierStage, current_stages
 from lightning_distill.tasks import Task
 from lightning_distill.teachers import EnsembleTeacher, complexity_weights, performance_weights
 from lightning_distill.weighting import Weighting
@@ -67,7 +66,7 @@ class ProgressiveStage(KD):
         ValueError: If an argument is outside its range, there is no earlier stage, or one lacks the metric.
 
     Example:
-        >>> teacher = FinishedStage("teacher", nn.Linear(2, 3))
+        >>> teacher = EarlierStage("teacher", nn.Linear(2, 3))
         >>> stage = ProgressiveStage(nn.Linear(2, 3), earlier=Earlier([teacher]))
         >>> stage.teacher.network is teacher.network
         False
@@ -106,15 +105,17 @@ class ProgressiveStage(KD):
         if earlier is not None:
             first, previous = earlier.first, earlier.previous
             if transfer == "direct":
-                teacher = _network(previous)
+                teacher = previous.teacher()
             elif transfer == "residual":
-                teacher = _network(first)
+                teacher = first.teacher()
                 if len(earlier) > 1:
                     student = _added(previous, student, task)
             elif transfer == "reuse":
-                teacher = EnsembleTeacher([_network(previous), _network(first)], [reuse_alpha, 1 - reuse_alpha])
+                teacher = EnsembleTeacher([previous.teacher(), first.teacher()], [reuse_alpha, 1 - reuse_alpha])
             else:
-                teacher = EnsembleTeacher([*map(_network, earlier)], _member_weights(member_weights, earlier, metric))
+                teacher = EnsembleTeacher(
+                    [stage.teacher() for stage in earlier], _member_weights(member_weights, earlier, metric)
+                )
             if isinstance(teacher, EnsembleTeacher) and alpha < 1:
                 own = {"soft": EnsembleTargets()}
         super().__init__(
@@ -134,17 +135,12 @@ class ProgressiveStage(KD):
         self.transfer = transfer
 
 
-def _network(stage: FinishedStage) -> nn.Module:
-    """A copy, which a teacher may freeze and move."""
-    return copy.deepcopy(stage.network)
-
-
-def _added(previous: FinishedStage, student: nn.Module | str, task: Task | None) -> nn.Module:
+def _added(previous: EarlierStage, student: nn.Module | str, task: Task | None) -> nn.Module:
     if isinstance(student, str):
         raise ValueError(
             f"`student` must be a network for `transfer='residual'`, got the name {student!r}. Load it first."
         )
-    return ResidualEnsemble([*residual_members(_network(previous)), student])
+    return ResidualEnsemble([*residual_members(previous.copied()), student])
 
 
 def _member_weights(chosen: MemberWeights | Sequence[float], earlier: Earlier, metric: str) -> Sequence[float] | None:

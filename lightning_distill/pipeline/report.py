@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
+from lightning_distill.comparison.files import slug
 from lightning_distill.files import write_json
+from lightning_distill.pipeline.manifest import finished_manifest
+from lightning_distill.pipeline.stage import Stage
 
 REPORT = "report.json"
 PLOT = "report.png"
@@ -20,6 +23,7 @@ class StageReport:
 
     Attributes:
         name: Of the stage.
+        monitor: Name of the metric by which its best checkpoint was chosen.
         metric: Of its best checkpoint, on the validation data; ``None`` without validation.
         test: The same metric on the test data, where there are some.
         retention: ``metric`` over that of the first stage; ``None`` where less is better, or nothing was measured.
@@ -31,6 +35,7 @@ class StageReport:
     """
 
     name: str
+    monitor: str
     metric: float | None
     test: float | None
     retention: float | None
@@ -39,6 +44,11 @@ class StageReport:
     seconds: float
     steps: int
     metrics: dict[str, float]
+
+    def line(self) -> str:
+        """In one line."""
+        reached = "no validation" if self.metric is None else f"{self.monitor} {self.metric:.4f}"
+        return f"{self.name}: {reached}, {self.steps} steps, {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -102,21 +112,25 @@ class PipelineReport:
         return table
 
 
-def stage_report(name: str, record: dict[str, Any], first: dict[str, Any], monitor: str, mode: str) -> StageReport:
-    """The numbers of a finished stage's ``record``, relative to the ``first`` stage's."""
-    metric, reference = record["metric"], first["metric"]
-    comparable = mode == "max" and metric is not None and bool(reference)
-    return StageReport(
-        name=name,
-        metric=metric,
-        test=record["metrics"].get(_on_test(monitor)),
-        retention=metric / reference if comparable else None,
-        parameters=record["parameters"],
-        flops=record["flops"],
-        seconds=record["seconds"],
-        steps=record["steps"],
-        metrics=record["metrics"],
-    )
+def pipeline_report(folder: Path, stages: Sequence[Stage]) -> PipelineReport:
+    """Read what finished ``stages`` have written into ``folder``."""
+    records = [finished_manifest(folder / slug(stage.name)) or {} for stage in stages]
+    reference = records[0]["metric"]
+    rows = []
+    for stage, record in zip(stages, records, strict=True):
+        metric = record["metric"]
+        comparable = stage.mode == "max" and metric is not None and bool(reference)
+        rows.append(
+            StageReport(
+                name=stage.name,
+                monitor=stage.monitor,
+                metric=metric,
+                test=record["metrics"].get(_on_test(stage.monitor)),
+                retention=metric / reference if comparable else None,
+                **{key: record[key] for key in ("parameters", "flops", "seconds", "steps", "metrics")},
+            )
+        )
+    return PipelineReport(folder, stages[0].monitor, rows)
 
 
 def _on_test(monitor: str) -> str:

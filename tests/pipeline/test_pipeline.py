@@ -18,7 +18,7 @@ from lightning_distill.callbacks.stage_checkpoint import checkpoints
 from lightning_distill.files import content_hash
 from lightning_distill.networks import from_config
 from lightning_distill.residual import ResidualEnsemble
-from lightning_distill.stages import Earlier, FinishedStage, earlier_stages, shortened, stage_network
+from lightning_distill.stages import Earlier, EarlierStage, earlier_stages, shortened, stage_network
 from tests.pipeline.parts import SGD, chain, data, experiment, net, student, teacher
 
 QUIET = Console(file=io.StringIO())
@@ -30,7 +30,9 @@ def weights(folder, stage):
 
 
 def manifest(folder):
-    return json.loads((folder / "manifest.json").read_text())["stages"]
+    """What is written of each stage, in the order in which they were begun."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/manifest.json")}
+    return dict(sorted(found.items(), key=lambda item: len(item[1]["earlier"])))
 
 
 def assert_same(first, second):
@@ -270,7 +272,7 @@ def test_transformers_lose_layers_from_stage_to_stage(tmp_path):
 
 
 def earlier(*widths):
-    return Earlier([FinishedStage(f"s{w}", net(w, seed=w).eval(), {"val/accuracy": 0.5 + w / 100}) for w in widths])
+    return Earlier([EarlierStage(f"s{w}", net(w, seed=w).eval(), {"val/accuracy": 0.5 + w / 100}) for w in widths])
 
 
 @pytest.mark.chapter("C20", api='lightning_distill.ProgressiveStage(transfer="reuse")')
@@ -322,7 +324,7 @@ def test_residual_students_add_up(tmp_path):
     assert isinstance(module.student, ResidualEnsemble)
     assert len(module.student.members) == 2
     assert_same(module.teacher.network.state_dict(), net(16, seed=16).state_dict())
-    again = ProgressiveStage(net(4), "residual", earlier=Earlier([*earlier(16), FinishedStage("sum", module.student)]))
+    again = ProgressiveStage(net(4), "residual", earlier=Earlier([*earlier(16), EarlierStage("sum", module.student)]))
     assert [type(member) for member in again.student.members] == [nn.Sequential] * 3
 
 
@@ -340,7 +342,7 @@ def test_networks_of_stages_are_copies():
             ValueError, match="no earlier stage 's3'; there are 's16', 's8', and 'previous' and 'first'"
         ):
             stage_network("s3")
-    with pytest.raises(ValueError, match="work where a pipeline builds a stage"):
+    with pytest.raises(ValueError, match="work where a pipeline builds a stage. Pass a network"):
         stage_network()
 
 
@@ -382,9 +384,10 @@ def test_refuses(case, tmp_path):
 
 
 def test_a_broken_manifest_is_named(tmp_path):
-    (tmp_path / "manifest.json").write_text("{")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json cannot be read"):
         chain().run(tmp_path, console=QUIET)
-    (tmp_path / "manifest.json").write_text('{"version": 99, "stages": {}}')
+    (tmp_path / "teacher" / "manifest.json").write_text('{"version": 99}')
     with pytest.raises(ValueError, match=r"has the version 99, expected 1"):
         chain().run(tmp_path, console=QUIET)
