@@ -342,7 +342,7 @@ def test_networks_of_stages_are_copies():
             ValueError, match="no earlier stage 's3'; there are 's16', 's8', and 'previous' and 'first'"
         ):
             stage_network("s3")
-    with pytest.raises(ValueError, match="work where a pipeline builds a stage. Pass a network"):
+    with pytest.raises(ValueError, match=r"work where a pipeline builds a stage\. Pass a network"):
         stage_network()
 
 
