@@ -12,7 +12,7 @@ FLOORS = [
     {"temperature", "weighting"},
     {"metrics", "sample_difficulty", "selection"},
     {"tasks"},
-    {"compression", "diagnostics", "embedding", "export", "nbest"},
+    {"compression", "diagnostics", "embedding", "export", "nbest", "quantization"},
     {"decoding", "teachers"},
     {"modules"},
     {"callbacks", "datamodules"},
