@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         DeepSupervision,
         DistillationModule,
         FeatureKD,
+        QADModule,
         StochasticDepthSelfKD,
     )
     from lightning_distill.outputs import Outputs, Step
@@ -31,6 +32,7 @@ _ROOMS = {
         "DeepSupervision",
         "DistillationModule",
         "FeatureKD",
+        "QADModule",
         "StochasticDepthSelfKD",
     ),
     "lightning_distill.outputs": ("Outputs", "Step"),
@@ -49,6 +51,7 @@ __all__ = [
     "Experiment",
     "FeatureKD",
     "Outputs",
+    "QADModule",
     "Regression",
     "SequenceClassification",
     "Step",

@@ -27,6 +27,7 @@ from lightning_distill.callbacks.layer_matching import (
 )
 from lightning_distill.callbacks.on_policy import OnPolicy, generated_batch
 from lightning_distill.callbacks.publish import PublishStudent
+from lightning_distill.callbacks.quantization import AlternatingQuantization, QuantizationRamp
 from lightning_distill.callbacks.scheduled_weights import ScheduledWeights
 from lightning_distill.callbacks.selection import LogSelection
 from lightning_distill.callbacks.snapshot_teacher import SnapshotTeacher
@@ -39,6 +40,7 @@ from lightning_distill.callbacks.write_sample import WriteSample
 __all__ = [
     "MGDA",
     "AdapterMeanTeacher",
+    "AlternatingQuantization",
     "BalancedMagnitudes",
     "CAGrad",
     "CacheWriter",
@@ -56,6 +58,7 @@ __all__ = [
     "PerformanceHeadWeights",
     "ProgressiveLayers",
     "PublishStudent",
+    "QuantizationRamp",
     "RandomLayers",
     "ScheduledWeights",
     "SnapshotTeacher",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_distill.losses.soft_targets import wide
 from lightning_distill.quantization.closed_forms import binary_quantize, ternary_quantize
-from lightning_distill.quantization.fake_quantize import Grid, blend, fake_quantize, grid_of
+from lightning_distill.quantization.fake_quantize import SMALLEST_SCALE, Grid, blend, fake_quantize, grid_of
 from lightning_distill.quantization.scales import affine_scale, minmax_scale, mse_affine_scale, mse_scale
 from lightning_distill.quantization.spec import QuantSpec, check_bits
 from lightning_distill.quantization.surrogate import dsq_fake_quantize
@@ -26,7 +26,9 @@ class QuantizedLayer(nn.Module):
 
     A layer stays the object that it was, with its ``weight`` in floating point, its hooks and its place: only its class
     changes, and it gets ``weight_scale`` (steps, shape ``(channels, groups, 1)``), and where it quantizes its input
-    ``activation_scale`` and ``activation_zero_point``.
+    ``activation_scale`` and ``activation_zero_point``. Steps are kept, and trained, as logarithms: one learning rate
+    then suits large and small ones, and none can become negative (Jain et al. 2020, TQT,
+    https://arxiv.org/abs/1903.08066).
 
     Attributes:
         spec: How it is quantized. The numbers of bits count as they are in ``weight_bits`` and ``activation_bits``.
@@ -35,8 +37,8 @@ class QuantizedLayer(nn.Module):
     """
 
     weight: Tensor
-    weight_scale: Tensor
-    activation_scale: Tensor
+    log_weight_scale: Tensor
+    log_activation_scale: Tensor
     activation_zero_point: Tensor
     log_sharpness: nn.Parameter
 
@@ -65,9 +67,9 @@ class QuantizedLayer(nn.Module):
         self._weight_bits, self._closed_form = spec.weight_bits, _closed_form(spec)
         self._input_known = False
         self._inputs: list[Tensor] | None = None  # what came by, while somebody looks
-        self._hold("weight_scale", torch.ones_like(self._rows(wide(self.weight.detach()))[..., :1]))
+        self._hold("log_weight_scale", torch.zeros_like(self._rows(wide(self.weight.detach()))[..., :1]))
         if self.activation_bits is not None:
-            self._hold("activation_scale", torch.ones((), device=self.weight.device))
+            self._hold("log_activation_scale", torch.zeros((), device=self.weight.device))
             self.register_buffer("activation_zero_point", torch.zeros((), device=self.weight.device))
         if spec.gradient == "dsq":
             self.log_sharpness = nn.Parameter(torch.zeros((), device=self.weight.device))
@@ -103,6 +105,16 @@ class QuantizedLayer(nn.Module):
         return self._closed_form
 
     @property
+    def weight_scale(self) -> Tensor:
+        """Steps of the weights, shape ``(channels, groups, 1)``, as they are trained; see :meth:`effective_scale`."""
+        return self.log_weight_scale.exp()
+
+    @property
+    def activation_scale(self) -> Tensor:
+        """Step of the input; a scalar."""
+        return self.log_activation_scale.exp()
+
+    @property
     def weight_grid(self) -> Grid:
         """The levels of the weights; 1 to 8 bits."""
         if self._closed_form is not None:
@@ -116,7 +128,7 @@ class QuantizedLayer(nn.Module):
             if (scale := self._present_scale()) is None:
                 scale = mse_scale(self._rows(self.weight), self.weight_grid) if self.weight_bits <= 8 else None
             if scale is not None:
-                self.weight_scale.copy_(scale)
+                self.log_weight_scale.copy_(scale.clamp_min(SMALLEST_SCALE).log())
 
     def quantized_weight(self) -> Tensor:
         """The weights rounded to their levels, in their shape and dtype; differentiable."""
@@ -127,7 +139,7 @@ class QuantizedLayer(nn.Module):
         """The steps that :meth:`quantized_weight` uses now, shape ``(channels, groups, 1)``."""
         with torch.no_grad():
             scale = self._present_scale()
-            return (self.weight_scale.clamp_min(1e-8) if scale is None else scale).detach().clone()
+            return (self.weight_scale if scale is None else scale).detach().clone()
 
     def _present_scale(self) -> Tensor | None:
         """The steps, where they follow from the weights."""
@@ -151,12 +163,14 @@ class QuantizedLayer(nn.Module):
             scale = minmax_scale(rows.detach(), grid)
         if self.spec.gradient == "dsq":
             return dsq_fake_quantize(rows, scale, 2.5 * self.log_sharpness.exp(), grid=grid)
-        per_step = self.weight.numel() / self.weight_scale.numel()
+        per_step = self.weight.numel() / self.log_weight_scale.numel()
         return fake_quantize(rows, scale, grid=grid, scale_gradient=1 / math.sqrt(per_step * max(grid.highest, 1)))
 
     def _weight_in_force(self) -> Tensor:
         if not self.enabled:
             return self.weight
+        if self.alpha == 0:
+            return _unused(self.weight, self._learned())
         return blend(self.weight, self.quantized_weight(), self.alpha)
 
     def _rows(self, weight: Tensor) -> Tensor:
@@ -200,6 +214,8 @@ class QuantizedLayer(nn.Module):
             self._inputs.append(_sample(values))
         if self.activation_bits is None or not self.enabled or self._inputs is not None:
             return values
+        if self.alpha == 0:
+            return _unused(values, [self.log_activation_scale] if self.spec.learns else [])
         return blend(values, self.quantized_input(values), self.alpha)
 
     @contextmanager
@@ -221,7 +237,7 @@ class QuantizedLayer(nn.Module):
         else:
             scale, zero = mse_affine_scale(values, self.activation_bits)
         with torch.no_grad():
-            self.activation_scale.copy_(scale)
+            self.log_activation_scale.copy_(scale.log())
             self.activation_zero_point.copy_(zero)
         self._input_known = True
 
@@ -251,7 +267,7 @@ class QuantizedLayer(nn.Module):
 
     def _learned(self) -> list[Tensor]:
         """What is trained beside the weight, for formats that do not use it."""
-        return [p for p in (self.weight_scale, getattr(self, "log_sharpness", None)) if isinstance(p, nn.Parameter)]
+        return [p for name, p in self.named_parameters(recurse=False) if name in ("log_weight_scale", "log_sharpness")]
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -302,10 +318,15 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
                 input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
         vectors = nn.Embedding.forward(self, input)
+        if self.alpha == 0:
+            return _unused(vectors, self._learned())
         rows = vectors.reshape(-1, *self._rows(self.weight[:1]).shape[1:])
         scale = self.weight_scale[input.reshape(-1)]
         return blend(vectors, self._quantized_rows(rows, scale).reshape(vectors.shape), self.alpha)
 
+
+STEPS = ("log_weight_scale", "log_activation_scale", "activation_zero_point", "log_sharpness")
+"""What a quantized layer has beside what it had before."""
 
 QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,

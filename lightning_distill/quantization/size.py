@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_distill.quantization.layers import STEPS
 from lightning_distill.quantization.network import quantized_layers
 
 _SCALE_BYTES = 4
@@ -81,7 +82,7 @@ def size_report(model: nn.Module) -> SizeReport:
         raise ValueError("`model` has no quantized layer; call `prepare(model, spec)` first.")
     rows = []
     for name, layer in layers.items():
-        scales = layer.weight_scale.numel() * _SCALE_BYTES if layer.weight_bits <= 8 else 0
+        scales = layer.log_weight_scale.numel() * _SCALE_BYTES if layer.weight_bits <= 8 else 0
         size = -(-layer.weight.numel() * layer.weight_bits // 8) + scales
         rows.append(LayerSize(name, tuple(layer.weight.shape), layer.weight_bits, layer.activation_bits, size))
     ours = {id(layer.weight) for layer in layers.values()}
@@ -89,7 +90,7 @@ def size_report(model: nn.Module) -> SizeReport:
         id(tensor)
         for layer in layers.values()
         for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-        if name in ("weight_scale", "activation_scale", "activation_zero_point", "log_sharpness")
+        if name in STEPS
     }
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in ours | helpers]
     weights = sum(layer.weight.numel() for layer in layers.values())
