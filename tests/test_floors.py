@@ -13,6 +13,7 @@ FLOORS = [
     {"metrics", "sample_difficulty", "selection"},
     {"tasks"},
     {"compression", "diagnostics", "embedding", "export", "nbest", "quantization"},
+    {"bit_search", "recovery"},
     {"decoding", "teachers"},
     {"modules"},
     {"callbacks", "datamodules"},
