@@ -11,8 +11,10 @@ from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.curriculum import CurriculumResampling
 from lightning_distill.callbacks.difficulty import TaskDifficulty
 from lightning_distill.callbacks.ema_teacher import MeanTeacher
+from lightning_distill.callbacks.feature_injection import FeatureInjection
 from lightning_distill.callbacks.generations import GenerationEarlyStopping
 from lightning_distill.callbacks.gradient_alignment import GradientAlignment
+from lightning_distill.callbacks.gradient_injection import GradientInjection
 from lightning_distill.callbacks.gradient_log import GradientLog
 from lightning_distill.callbacks.gradient_variance import GradientVarianceTemperature
 from lightning_distill.callbacks.gradnorm import GradNorm
@@ -46,9 +48,11 @@ __all__ = [
     "CacheWriter",
     "CurriculumResampling",
     "DynamicLayerWeights",
+    "FeatureInjection",
     "GenerationEarlyStopping",
     "GradNorm",
     "GradientAlignment",
+    "GradientInjection",
     "GradientLog",
     "GradientVarianceTemperature",
     "LogSelection",

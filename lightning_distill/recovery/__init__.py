@@ -1,0 +1,32 @@
+"""What brings back accuracy that quantization has cost, each usable alone on a network that is quantized already."""
+
+from lightning_distill.recovery.batch_norm import Moments, Statistics, recalibrate_batch_norm
+from lightning_distill.recovery.correctors import (
+    AttentionCorrector,
+    LinearCorrector,
+    OutputCalibrator,
+    ResidualCorrector,
+    fit_linear_corrector,
+    linear_correction,
+)
+from lightning_distill.recovery.guard import RecoveryReport, RecoveryStep, bootstrap_refine, recover
+from lightning_distill.recovery.injection import FeatureInjector, adaptive_alpha, feature_injection
+
+__all__ = [
+    "AttentionCorrector",
+    "FeatureInjector",
+    "LinearCorrector",
+    "Moments",
+    "OutputCalibrator",
+    "RecoveryReport",
+    "RecoveryStep",
+    "ResidualCorrector",
+    "Statistics",
+    "adaptive_alpha",
+    "bootstrap_refine",
+    "feature_injection",
+    "fit_linear_corrector",
+    "linear_correction",
+    "recalibrate_batch_norm",
+    "recover",
+]
