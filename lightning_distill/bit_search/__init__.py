@@ -17,6 +17,10 @@ from lightning_distill.bit_search.pareto import (
     pareto_front,
     weighted_sum,
 )
+from lightning_distill.bit_search.result import BitSearchResult
+from lightning_distill.bit_search.rounding import RoundedWeights, effective_bits, round_weight
+from lightning_distill.bit_search.search import search_bits
+from lightning_distill.bit_search.sensitivity import PlanLoss, divergence, fisher_errors
 from lightning_distill.bit_search.trials import (
     Trial,
     Trials,
@@ -29,7 +33,10 @@ from lightning_distill.bit_search.trials import (
 )
 
 __all__ = [
+    "BitSearchResult",
     "Plan",
+    "PlanLoss",
+    "RoundedWeights",
     "Table",
     "Trial",
     "Trials",
@@ -39,8 +46,11 @@ __all__ = [
     "channel_bits",
     "channel_importance",
     "crowding_distance",
+    "divergence",
+    "effective_bits",
     "epsilon_constraint",
     "evolve",
+    "fisher_errors",
     "greedy",
     "hypervolume",
     "layer_errors",
@@ -48,6 +58,8 @@ __all__ = [
     "pareto_front",
     "plan_sum",
     "refine",
+    "round_weight",
+    "search_bits",
     "try_allocations",
     "weight_bits",
     "weighted_sum",

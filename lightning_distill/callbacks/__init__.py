@@ -7,6 +7,7 @@ if __name__ == "callbacks":
 
 from lightning_distill.callbacks.adapter_mean_teacher import AdapterMeanTeacher
 from lightning_distill.callbacks.balanced_magnitudes import BalancedMagnitudes
+from lightning_distill.callbacks.bit_search import BitSearch
 from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.curriculum import CurriculumResampling
 from lightning_distill.callbacks.difficulty import TaskDifficulty
@@ -44,6 +45,7 @@ __all__ = [
     "AdapterMeanTeacher",
     "AlternatingQuantization",
     "BalancedMagnitudes",
+    "BitSearch",
     "CAGrad",
     "CacheWriter",
     "CurriculumResampling",

@@ -1,6 +1,7 @@
 """What brings back accuracy that quantization has cost, each usable alone on a network that is quantized already."""
 
 from lightning_distill.recovery.batch_norm import Moments, Statistics, recalibrate_batch_norm
+from lightning_distill.recovery.bias import bias_correction, correct_bias
 from lightning_distill.recovery.correctors import (
     AttentionCorrector,
     LinearCorrector,
@@ -23,7 +24,9 @@ __all__ = [
     "ResidualCorrector",
     "Statistics",
     "adaptive_alpha",
+    "bias_correction",
     "bootstrap_refine",
+    "correct_bias",
     "feature_injection",
     "fit_linear_corrector",
     "linear_correction",
