@@ -17,6 +17,7 @@ from lightning_distill.bit_search.pareto import (
     pareto_front,
     weighted_sum,
 )
+from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.result import BitSearchResult
 from lightning_distill.bit_search.rounding import RoundedWeights, effective_bits, round_weight
 from lightning_distill.bit_search.search import search_bits
@@ -36,6 +37,7 @@ __all__ = [
     "BitSearchResult",
     "Plan",
     "PlanLoss",
+    "QuantizedWeights",
     "RoundedWeights",
     "Table",
     "Trial",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,19 +78,8 @@ class RoundedWeights:
     def __init__(self, network: nn.Module, bits: Sequence[int], layers: Sequence[str] | None = None) -> None:
         check_bits(bits)
         modules = {name: module for name, module in network.named_modules() if isinstance(module, ROUNDED)}
-        chosen = list(modules) if layers is None else list(layers)
-        for name in chosen:
-            if name not in modules:
-                near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3) or list(modules)[:3]
-                raise ValueError(
-                    f"`layers` names {name!r}, which is no linear, convolution or embedding layer of "
-                    f"{type(network).__name__}. Nearest names: {near}."
-                )
-        if not chosen:
-            raise ValueError(
-                f"{type(network).__name__} has no linear, convolution or embedding layer to search bits for."
-            )
-        self._parameters = {name: cast(nn.Parameter, modules[name].weight) for name in modules if name in chosen}
+        chosen = chosen_layers(network, modules, layers, "linear, convolution or embedding layer")
+        self._parameters = {name: cast(nn.Parameter, module.weight) for name, module in chosen.items()}
         owners: dict[int, str] = {}
         for name, parameter in self._parameters.items():
             if (other := owners.setdefault(id(parameter), name)) != name:
@@ -127,16 +116,15 @@ class RoundedWeights:
         """
         return {
             name: {
-                choice: float(
-                    (
-                        (self._rounded[name, choice].float() - parameter.detach().float()).square()
-                        * (1.0 if weights is None else weights[name])
-                    ).sum()
-                )
+                choice: weighted_squares(self._rounded[name, choice], own, None if weights is None else weights[name])
                 for choice in self.bits
             }
-            for name, parameter in self._parameters.items()
+            for name, own in self._parameters.items()
         }
+
+    def original(self) -> AbstractContextManager[None]:
+        """Within this context the network computes in full precision, as it does outside :meth:`applied`."""
+        return nullcontext()
 
     @contextmanager
     def applied(self, plan: Mapping[str, int]) -> Iterator[None]:
@@ -152,15 +140,42 @@ class RoundedWeights:
 
 
 def check_bits(bits: Sequence[int]) -> None:
-    """Refuse numbers of bits that weights cannot be rounded to.
+    """Refuse what is no choice of numbers of bits.
 
     Raises:
-        ValueError: If there are fewer than two, or one is out of range.
+        ValueError: If there are fewer than two, or one is not a whole number from 1 to 32.
     """
-    if len(set(bits)) < 2 or any(choice not in BITS for choice in bits):
-        raise ValueError(
-            f"`bits` must be two or more numbers from {BITS[0]} to {BITS[-1]} to choose from, got {list(bits)}."
-        )
+    if len(set(bits)) < 2 or any(choice not in range(1, 33) for choice in bits):
+        raise ValueError(f"`bits` must be two or more whole numbers from 1 to 32 to choose from, got {list(bits)}.")
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def chosen_layers(
+    network: nn.Module, known: Mapping[str, Layer], names: Sequence[str] | None, kind: str
+) -> dict[str, Layer]:
+    """Those of the layers ``known`` that are named, in the network's order; all for ``None``.
+
+    Raises:
+        ValueError: If there is none, or none of a name.
+    """
+    for name in names or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:3]
+            raise ValueError(
+                f"`layers` names {name!r}, which is no {kind} of {type(network).__name__}. Nearest names: {near}."
+            )
+    chosen = {name: layer for name, layer in known.items() if names is None or name in names}
+    if not chosen:
+        raise ValueError(f"{type(network).__name__} has no {kind} to search bits for.")
+    return chosen
+
+
+def weighted_squares(rounded: Tensor, own: Tensor, weights: Tensor | None) -> float:
+    """Sum of the squared differences, each times its weight."""
+    squares = (rounded.detach().float() - own.detach().float()).square()
+    return float((squares if weights is None else squares * weights).sum())
 
 
 def effective_bits(plan: Mapping[str, int], sizes: Mapping[str, int]) -> float:
@@ -173,4 +188,13 @@ def effective_bits(plan: Mapping[str, int], sizes: Mapping[str, int]) -> float:
     return sum(sizes[layer] * bits for layer, bits in plan.items()) / sum(sizes[layer] for layer in plan)
 
 
-__all__ = ["BITS", "ROUNDED", "RoundedWeights", "check_bits", "effective_bits", "round_weight"]
+__all__ = [
+    "BITS",
+    "ROUNDED",
+    "RoundedWeights",
+    "check_bits",
+    "chosen_layers",
+    "effective_bits",
+    "round_weight",
+    "weighted_squares",
+]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_distill.bit_search.allocate import Table, allocate_bits
+from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.result import BitSearchResult
 from lightning_distill.bit_search.rounding import RoundedWeights, check_bits
 from lightning_distill.bit_search.sensitivity import PlanLoss, fisher_errors
@@ -20,6 +21,7 @@ from lightning_distill.bit_search.trials import (
     refine,
     try_allocations,
 )
+from lightning_distill.quantization import quantized_layers
 from lightning_distill.tasks import Classification, Task
 
 Sensitivity = Literal["kl", "fisher", "weights"]
@@ -44,16 +46,19 @@ def search_bits(
     """Choose the bits of each layer's weights within a budget such that the outputs change least.
 
     The layers' own effects are measured (or estimated), the integer programme is solved for the budget and for
-    ``points`` others, and whole plans are compared by the divergence of the network's outputs from its own. Activations
-    are left as they are. Nothing about the network is changed, and no label is looked at.
+    ``points`` others, and whole plans are compared by the divergence of the network's outputs from its own in full
+    precision. Nothing about the network is changed, and no label is looked at. Apply the plan with
+    ``prepare(network, overrides=result.plan)`` or, to a network that is quantized already, ``set_bits``.
 
     Args:
-        network: In full precision.
+        network: In full precision: its weights are rounded with one step per output channel. Or quantized by
+            :func:`~lightning_distill.quantization.prepare` (and calibrated): then as its layers do it.
         batches: What outputs are compared on; a few hundred samples of training data, say.
         effective_bits: Largest mean number of bits per weight of the searched layers.
         max_bytes: Largest storage of their weights, steps not counted. Exactly one of the two.
-        bits: Numbers of bits to choose from, from 2 to 16.
-        layers: Names of the searched layers; by default all linear, convolution and embedding layers.
+        bits: Numbers of bits to choose from: 2 to 16, or those of the quantized layers, 1 to 8, 16 and 32.
+        layers: Names of the searched layers; by default all linear, convolution and embedding layers, or all that are
+            quantized.
         sensitivity: ``"kl"``: the divergence with one layer rounded (one pass over ``batches`` per layer and number of
             bits). ``"fisher"``: see :func:`~lightning_distill.bit_search.fisher_errors`. ``"weights"``: the squared
             rounding error.
@@ -72,7 +77,8 @@ def search_bits(
     check_search(effective_bits, max_bytes, bits, sensitivity, refinement, points)
     task = Classification() if task is None else task
     batches = list(batches)
-    rounded = RoundedWeights(network, bits, layers)
+    kind = QuantizedWeights if quantized_layers(network) else RoundedWeights
+    rounded = kind(network, bits, layers)
     weights = sum(rounded.sizes.values())
     budget = effective_bits * weights if effective_bits is not None else 8 * (max_bytes or 0.0)
     check_budget(budget / weights, bits, "max_bytes" if effective_bits is None else "effective_bits")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.rounding import RoundedWeights
 from lightning_distill.modes import inference
 from lightning_distill.outputs import Outputs
@@ -15,13 +16,13 @@ from lightning_distill.tasks import Task
 
 
 class PlanLoss:
-    """How far a network with rounded weights is from itself: the mean over items of a divergence, no label needed.
+    """How far a network with few bits is from itself: the mean over items of a divergence, no label needed.
 
     For classifiers and language models ``KL(network || rounded)`` in nats; for other tasks the squared difference.
 
     Args:
         network: The network.
-        rounded: Its rounded weights.
+        rounded: Its weights at several numbers of bits.
         batches: What the outputs are compared on.
         task: How a batch is read.
 
@@ -29,14 +30,16 @@ class PlanLoss:
         ValueError: If there are no batches.
     """
 
-    def __init__(self, network: nn.Module, rounded: RoundedWeights, batches: Iterable[Any], task: Task) -> None:
+    def __init__(
+        self, network: nn.Module, rounded: RoundedWeights | QuantizedWeights, batches: Iterable[Any], task: Task
+    ) -> None:
         self.network = network
         self.rounded = rounded
         self.task = task
         self._batches = list(batches)
         if not self._batches:
             raise ValueError("`batches` is empty: there is nothing to compare outputs on.")
-        with inference(network):
+        with inference(network), rounded.original():
             self._own = [self._said(batch) for batch in self._batches]
 
     def __call__(self, plan: Mapping[str, int]) -> float:
@@ -73,7 +76,7 @@ def divergence(own: Tensor, other: Tensor, *, probabilities: bool = True) -> Ten
 
 def fisher_errors(
     network: nn.Module,
-    rounded: RoundedWeights,
+    rounded: RoundedWeights | QuantizedWeights,
     batches: Iterable[Any],
     task: Task,
     *,
@@ -109,7 +112,7 @@ def fisher_errors(
     squares = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     seen = 0
-    with inference(network), torch.enable_grad():
+    with inference(network), rounded.original(), torch.enable_grad():
         try:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)

@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_distill.bit_search import BitSearchResult, search_bits
 from lightning_distill.bit_search.search import Refinement, Sensitivity, check_search
 from lightning_distill.modules import DistillationModule
+from lightning_distill.quantization import quantized_layers, set_bits
 
 
 class BitSearch(L.Callback):
     """Once, at a step of the training, choose the bits of each layer of the student within a budget.
 
-    The weights of that step are rounded on trial, and outputs are compared on samples of the training set: no label is
+    The weights of that step get few bits on trial, and outputs are compared on samples of the training set: no label is
     looked at, no weight, order of samples or random number of the training changes; see
     :func:`~lightning_distill.bit_search.search_bits`. Every process looks at the same samples and uses the first one's
     plan. The result is in the checkpoint: a resumed run does not search again. It is printed, and written as
@@ -31,7 +32,8 @@ class BitSearch(L.Callback):
         effective_bits: Largest mean number of bits per weight of the searched layers.
         max_bytes: Largest storage of their weights, steps not counted. Exactly one of the two.
         bits: Numbers of bits to choose from.
-        layers: Names of the student's layers; by default all linear, convolution and embedding layers.
+        layers: Names of the student's layers; by default all that are quantized, or all linear, convolution and
+            embedding layers.
         sensitivity: ``"kl"``, ``"fisher"`` or ``"weights"``.
         refinement: ``"neighbours"``, ``"greedy"``, ``"nsga2"`` or ``"none"``.
         points: Budgets for the front, at least 2; 0 for none.
@@ -41,7 +43,8 @@ class BitSearch(L.Callback):
         data: Batches to look at instead, such as a data loader.
         seed: Of the choice of samples, ``"fisher"`` and ``"nsga2"``.
         apply: Called with the student and the plan (bits by layer name) when it was found; it must not add or remove
-            parameters. By default the plan is only reported, for the quantization that follows.
+            parameters. By default a quantized student (of :class:`~lightning_distill.QADModule`) gets the bits, and the
+            plan for another one is only reported, for a quantization that follows.
         folder: Where to write; by default the logger's folder, or without one the Trainer's ``default_root_dir``.
 
     Attributes:
@@ -139,6 +142,8 @@ class BitSearch(L.Callback):
         self.result = BitSearchResult.from_dict(trainer.strategy.broadcast(found.as_dict()))
         if self.apply is not None:
             self.apply(pl_module.student, dict(self.result.plan))
+        elif quantized_layers(pl_module.student):
+            set_bits(pl_module.student, self.result.plan)
         rank_zero_info(f"Bits after {trainer.global_step} steps:\n{self.result}")
         if trainer.is_global_zero:
             self.result.write(Path(self.folder or trainer.log_dir or trainer.default_root_dir))

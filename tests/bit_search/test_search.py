@@ -86,7 +86,7 @@ def test_layers_that_are_not_there_or_share_a_weight_are_refused():
         RoundedWeights(network, (2, 8), ["heat"])
     with pytest.raises(ValueError, match="Flatten has no linear, convolution or embedding layer"):
         RoundedWeights(nn.Flatten(), (2, 8))
-    with pytest.raises(ValueError, match=r"two or more numbers from 2 to 16 to choose from, got \[4\]"):
+    with pytest.raises(ValueError, match=r"two or more whole numbers from 1 to 32 to choose from, got \[4\]"):
         RoundedWeights(network, [4])
     tied = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     tied["head"].weight = tied["embed"].weight

@@ -6,10 +6,11 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lightning_distill import KD
+from lightning_distill import KD, QADModule
 from lightning_distill.callbacks import BitSearch
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.networks import MLP
+from lightning_distill.quantization import QuantSpec
 
 
 def data(batch_size=8):
@@ -23,13 +24,19 @@ def module():
     return KD(MLP((6, 8, 8, 4)), MLP((6, 12, 4)), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
 
 
+def quantized_module():
+    torch.manual_seed(3)
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    return QADModule(MLP((6, 8, 8, 4)), spec=QuantSpec(weights=8, activations=8), optimizer=sgd)
+
+
 def search(folder, **more):
     return BitSearch(**({"effective_bits": 4.0, "samples": 32, "start_step": 4, "folder": str(folder)} | more))
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    callback, trained = search(folder / "plan"), module()
+    callback, trained = search(folder / "plan"), quantized_module()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,

@@ -17,7 +17,8 @@ from lightning_distill.bit_search import BitSearchResult, search_bits
 from lightning_distill.callbacks import BitSearch
 from lightning_distill.callbacks.bit_search import training_samples
 from lightning_distill.cli import main
-from tests.callbacks.bit_search_run import data, module, search
+from lightning_distill.quantization import quantized_layers, size_report
+from tests.callbacks.bit_search_run import data, module, quantized_module, search
 
 SCRIPT = Path(__file__).with_name("bit_search_run.py")
 API = "lightning_distill.callbacks.BitSearch"
@@ -93,7 +94,7 @@ def test_a_resumed_run_is_an_uninterrupted_one_and_does_not_search_twice(make_tr
 
 def test_two_processes_find_what_one_finds(make_trainer, tmp_path):
     alone = search(tmp_path / "alone")
-    make_trainer(**QUIET, callbacks=[alone]).fit(module(), datamodule=data())
+    make_trainer(**QUIET, callbacks=[alone]).fit(quantized_module(), datamodule=data())
     command = [sys.executable, SCRIPT, tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -178,3 +179,25 @@ trainer:
     found = json.loads((tmp_path / "plan" / "bits.json").read_text())
     assert list(found["plan"]) == ["blocks.0.0", "blocks.1.0", "head"]
     assert BitSearchResult.from_dict(found).effective_bits <= 3.0
+
+
+def test_a_quantized_student_gets_the_bits_and_goes_on_training(make_trainer, tmp_path):
+    trained, callback = quantized_module(), search(tmp_path, effective_bits=3.0)
+    count = sum(1 for _ in trained.parameters())
+    make_trainer(**QUIET, callbacks=[callback]).fit(trained, datamodule=data())
+    plan = {name: layer.weight_bits for name, layer in quantized_layers(trained.student).items()}
+    assert plan == callback.result.plan
+    assert min(plan.values()) < 8
+    assert size_report(trained.student).average_bits <= 3.0
+    assert sum(1 for _ in trained.parameters()) == count
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_resumed_quantized_run_has_the_bits_and_steps_of_an_uninterrupted_one(make_trainer, tmp_path, steps):
+    straight, second = quantized_module(), quantized_module()
+    saved = [search(tmp_path / "first"), Save(tmp_path / "step.ckpt", steps)]
+    make_trainer(**QUIET, callbacks=saved).fit(straight, datamodule=data())
+    trainer = make_trainer(**QUIET, callbacks=[search(tmp_path / "again")])
+    trainer.fit(second, datamodule=data(), ckpt_path=tmp_path / "step.ckpt", weights_only=True)
+    ours, theirs = second.student.state_dict(), straight.student.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
