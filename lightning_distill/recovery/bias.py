@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.modes import inference
+from lightning_distill.quantization import quantized_layers
 from lightning_distill.tasks import Classification, Task
 
 CORRECTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,7 +47,7 @@ def bias_correction(weight: Tensor, quantized: Tensor, mean_input: Tensor) -> Te
 
 @torch.no_grad()
 def correct_bias(
-    network: nn.Module, reference: nn.Module, batches: Iterable[Any], *, task: Task | None = None
+    network: nn.Module, batches: Iterable[Any], reference: nn.Module | None = None, *, task: Task | None = None
 ) -> list[str]:
     r"""Correct the biases of a quantized network such that each layer's mean outputs are those of its original.
 
@@ -54,21 +56,25 @@ def correct_bias(
     where batch normalization follows them, :func:`~lightning_distill.recovery.recalibrate_batch_norm` does the same.
 
     Args:
-        network: Quantized; changed in place. Its layers are called as those of ``reference``.
-        reference: The network before quantization; not changed.
+        network: Quantized; changed in place.
         batches: A few hundred samples are enough; no label is needed. They are gone through once per layer.
+        reference: The network before quantization, with layers of the same names; not changed. By default ``network``
+            itself without the quantization of its layers, for one from
+            :func:`~lightning_distill.quantization.prepare`.
         task: How a batch is read. Default :class:`~lightning_distill.tasks.Classification`.
 
     Returns:
         Names of the corrected layers, in order.
 
     Raises:
-        ValueError: If no layer with a bias is in both networks, or there are no batches.
+        ValueError: If no layer with a bias is in both networks, there are no batches, or no layer of ``network`` is
+            quantized and there is no ``reference``.
     """
     task = Classification() if task is None else task
     batches = list(batches)
     if not batches:
         raise ValueError("`batches` is empty: there is nothing to take means of.")
+    reference = _without_quantization(network) if reference is None else reference
     originals = dict(reference.named_modules())
     pairs = {
         name: (module, originals[name])
@@ -93,6 +99,18 @@ def correct_bias(
             assert layer.bias is not None
             layer.bias += found.mean.to(layer.bias.dtype)
     return order
+
+
+def _without_quantization(network: nn.Module) -> nn.Module:
+    if not quantized_layers(network):
+        raise ValueError(
+            f"{type(network).__name__} has no quantized layer that could be compared with itself. Pass `reference`, "
+            "the network before its weights were rounded."
+        )
+    original = copy.deepcopy(network)
+    for layer in quantized_layers(original).values():
+        layer.enabled = False
+    return original
 
 
 class _MeanDifference:
