@@ -44,9 +44,25 @@ def nondominated_fronts(points: Points) -> list[list[int]]:
 
 
 def pareto_front(points: Points) -> list[int]:
-    """Indices of the points that no other beats, in rising order; see :func:`nondominated_fronts`."""
-    fronts = nondominated_fronts(points)
-    return fronts[0] if fronts else []
+    """Indices of the points that no other beats, in rising order: the first of :func:`nondominated_fronts` alone.
+
+    Tens of thousands of points are no trouble, as each is compared with the front only.
+
+    Args:
+        points: Shape ``(n, m)``: ``m`` objectives, all minimised.
+
+    Raises:
+        ValueError: As :func:`nondominated_fronts`.
+    """
+    values = _table(points)
+    front = np.zeros((0, values.shape[1]))
+    found = []
+    for index in np.lexsort(values.T[::-1]):  # whoever beats a point comes before it
+        point = values[index]
+        if not ((front <= point).all(axis=1) & (front < point).any(axis=1)).any():
+            front = np.concatenate([front, point[None]])
+            found.append(int(index))
+    return sorted(found)
 
 
 def crowding_distance(points: Points) -> list[float]:
@@ -95,7 +111,7 @@ def hypervolume(points: Points, reference: Sequence[float]) -> float:
     worst = np.asarray(reference, dtype=np.float64)
     values = _table(points, objectives=len(worst))
     inside = values[(values < worst).all(axis=1)]
-    return _volume(inside, worst)
+    return _volume(inside[pareto_front(inside)], worst)
 
 
 def weighted_sum(points: Points, weights: Sequence[float]) -> int:
