@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         DistillationModule,
         FeatureKD,
         ProgressiveStage,
+        QADModule,
         StochasticDepthSelfKD,
     )
     from lightning_distill.outputs import Outputs, Step
@@ -34,6 +35,7 @@ _ROOMS = {
         "DistillationModule",
         "FeatureKD",
         "ProgressiveStage",
+        "QADModule",
         "StochasticDepthSelfKD",
     ),
     "lightning_distill.pipeline": ("Pipeline", "Stage"),
@@ -55,6 +57,7 @@ __all__ = [
     "Outputs",
     "Pipeline",
     "ProgressiveStage",
+    "QADModule",
     "Regression",
     "SequenceClassification",
     "Stage",

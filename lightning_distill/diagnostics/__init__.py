@@ -46,6 +46,14 @@ from lightning_distill.diagnostics.layer_profile import LayerProfile
 from lightning_distill.diagnostics.moving_average import ConvergenceSlope, EMAReport, ema_convergence_slope, ema_report
 from lightning_distill.diagnostics.norms import NormInformation, norm_information
 from lightning_distill.diagnostics.probes import linear_probe_profile
+from lightning_distill.diagnostics.quantization import (
+    JointError,
+    QuantizationError,
+    RecoveryBound,
+    joint_error,
+    quantization_error,
+    recovery_bound_fit,
+)
 from lightning_distill.diagnostics.soft_labels import (
     CrossEntropyParts,
     DarkKnowledge,
@@ -79,10 +87,13 @@ __all__ = [
     "GradientFlow",
     "GradientScale",
     "InformationGap",
+    "JointError",
     "Landscape",
     "LayerInformation",
     "LayerProfile",
     "NormInformation",
+    "QuantizationError",
+    "RecoveryBound",
     "Retention",
     "RidgeGenerations",
     "SampleEfficiency",
@@ -114,10 +125,13 @@ __all__ = [
     "hessian_spectrum",
     "ib_layer_importance",
     "ib_layer_importance_from_joint",
+    "joint_error",
     "lanczos",
     "landscape_smoothness",
     "linear_probe_profile",
     "norm_information",
+    "quantization_error",
+    "recovery_bound_fit",
     "retention_compare",
     "ridge_generations",
     "sample_efficiency_curve",

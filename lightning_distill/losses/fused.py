@@ -147,7 +147,9 @@ def unprojected(outputs: Outputs) -> bool:
 def _has_linear_head(outputs: Outputs) -> bool:
     head: Any = outputs.head
     # A strategy may leave an empty weight behind until the layer itself is called (DeepSpeed's ZeRO-3).
-    return outputs.hidden is not None and isinstance(head, nn.Linear) and len(head.weight) == head.out_features
+    # A subclass that computes otherwise, such as a quantized layer, has to be called.
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    return outputs.hidden is not None and plain and len(head.weight) == head.out_features
 
 
 def linear_head_of(outputs: Outputs) -> nn.Linear:

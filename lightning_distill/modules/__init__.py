@@ -6,6 +6,7 @@ from lightning_distill.modules.deep_supervision import DeepSupervision
 from lightning_distill.modules.feature_kd import FeatureKD
 from lightning_distill.modules.kd import KD
 from lightning_distill.modules.progressive import ProgressiveStage
+from lightning_distill.modules.qad import QADModule
 from lightning_distill.modules.reinitialize import reset_parameters
 from lightning_distill.modules.stochastic_depth import StochasticDepthSelfKD
 from lightning_distill.modules.teacher_prediction import TeacherPrediction
@@ -18,6 +19,7 @@ __all__ = [
     "FeatureKD",
     "Generation",
     "ProgressiveStage",
+    "QADModule",
     "StochasticDepthSelfKD",
     "TeacherPrediction",
     "reset_parameters",

@@ -20,6 +20,7 @@ from lightning_distill.teachers.other_tokenizer import OtherTokenizerTeacher
 from lightning_distill.teachers.past import MeanPrediction, PastTeacher
 from lightning_distill.teachers.previous import PreviousPredictions
 from lightning_distill.teachers.prompts import PromptEnsemble, prepend_tokens, prompt_ensemble
+from lightning_distill.teachers.quantized import quantized_ensemble
 from lightning_distill.teachers.teacher import Teacher
 from lightning_distill.teachers.whole_network import WholeNetworkTeacher
 
@@ -52,6 +53,7 @@ __all__ = [
     "performance_weights",
     "prepend_tokens",
     "prompt_ensemble",
+    "quantized_ensemble",
     "scale_momentum",
     "teacher_fingerprint",
 ]
