@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_distill import KD, Pipeline, ProgressiveStage, Stage
@@ -241,3 +242,62 @@ def test_another_data_module_is_another_stage():
         for size in (4, 8)
     )
     assert one["data"] != other["data"]
+
+
+# Resumed in mid-stage, whenever validations and checkpoints fall
+
+
+class Fails(L.Callback):
+    def __init__(self, at):
+        self._at = at
+
+    def on_train_batch_end(self, trainer, *rest):
+        if trainer.global_step == self._at:
+            raise RuntimeError("power failure")
+
+
+@pytest.mark.chapter("C18", api="lightning_distill.callbacks.StageCheckpoint")
+@pytest.mark.parametrize("at", [3, 5, 6])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"val_check_interval": 2},
+        {"val_check_interval": 0.5, "limit_train_batches": 4},
+        {"check_val_every_n_epoch": 2},
+        {"accumulate_grad_batches": 2},
+        {"lr_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)},
+    ],
+    ids=str,
+)
+def test_a_resumed_stage_is_an_uninterrupted_one(tmp_path, options, at):
+    trainer = {key: value for key, value in options.items() if key != "lr_scheduler"}
+    module = {key: value for key, value in options.items() if key == "lr_scheduler"}
+
+    def run(folder, fail_at=None):
+        def build(earlier):
+            own = KD(net(8), alpha=1.0, optimizer=SGD, **module)
+            return experiment(own, callbacks=[Fails(fail_at)], **{"max_epochs": 3, **trainer})
+
+        (stage,) = Pipeline([Stage("teacher", build)]).run(folder, console=QUIET).stages
+        weights = load_file(folder / "teacher" / "student.safetensors")
+        return replace(stage, seconds=0.0), {name: value.clone() for name, value in weights.items()}
+
+    stage, weights = run(tmp_path / "straight")
+    with pytest.raises(RuntimeError, match="power failure"):
+        run(tmp_path / "killed", at)
+    again, found = run(tmp_path / "killed")
+    assert again == stage
+    assert all(torch.equal(value, found[name]) for name, value in weights.items())
+
+
+def test_another_monitor_makes_another_best_checkpoint(tmp_path):
+    def stage(*monitor):
+        return Stage(
+            "teacher", lambda earlier: experiment(KD(net(8), alpha=1.0, optimizer=SGD), max_epochs=1), *monitor
+        )
+
+    Pipeline([stage()]).run(tmp_path, console=QUIET)
+    with pytest.raises(
+        ValueError, match=r"`monitor` was \"val/accuracy\", is \"val/nll\"; `mode` was \"max\", is \"min\""
+    ):
+        Pipeline([stage("val/nll", "min")]).run(tmp_path, console=QUIET)
