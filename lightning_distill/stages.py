@@ -9,9 +9,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import lightning as L
 from torch import nn
 
-from lightning_distill.layer_maps import build_student, find_stack, uniform_map
+from lightning_distill.layer_maps import KeepBy, build_student, choose_layers, find_stack
+from lightning_distill.tasks import Classification, Task
 from lightning_distill.teachers import FollowedTeacher, FrozenTeacher, Teacher
 
 
@@ -167,31 +169,53 @@ def stage_teacher(stage: str = "previous") -> Teacher:
     return _current().named(stage).teacher()
 
 
-def shortened(layers: int | Sequence[int], stage: str = "previous", stack: str | None = None) -> nn.Module:
+def shortened(
+    layers: int | Sequence[int],
+    stage: str = "previous",
+    stack: str | None = None,
+    *,
+    by: KeepBy = "uniform",
+    data: L.LightningDataModule | None = None,
+    task: Task | None = None,
+    batches: int = 8,
+) -> nn.Module:
     """A copy of what an earlier stage trained with some of its layers only: the student starts from its teacher.
 
     Args:
-        layers: How many to keep, evenly spaced and the last among them; or which, ascending, counted from 1 (as
-            :func:`~lightning_distill.layer_maps.importance_map` chooses them).
+        layers: How many to keep, or which, ascending, counted from 1.
         stage: Name of the stage, ``"previous"`` or ``"first"``.
         stack: Path of the list of layers; by default it is looked for.
+        by: Which are kept where ``layers`` is a number: ``"uniform"`` for evenly spaced ones, the last among them, or
+            the ones of most ``"importance"`` or ``"density"`` on ``data``; see
+            :func:`~lightning_distill.layer_maps.choose_layers`.
+        data: A data module of its own; its training set is measured.
+        task: How its batches are read. Default :class:`~lightning_distill.tasks.Classification`.
+        batches: How many batches are measured.
 
     Raises:
-        ValueError: If the network has fewer layers, no list of layers is found, or there is no such stage.
+        ValueError: If the network has fewer layers, no list of layers is found, there is no such stage, or there is no
+            ``data`` to measure on.
     """
     found = _current().named(stage)
     network = found.copied()
     path = find_stack(network) if stack is None else stack
-    kept = layers
-    if isinstance(layers, int):
-        stacked: nn.Sequential | nn.ModuleList = network.get_submodule(path)  # type: ignore[assignment]
-        if not 1 <= layers <= len(stacked):
-            raise ValueError(
-                f"`layers` must be from 1 to {len(stacked)}, as many as the stage {found.name!r} has in {path!r}, got "
-                f"{layers}."
-            )
-        kept = uniform_map(layers, len(stacked)).teacher
-    assert not isinstance(kept, int)
+    if not isinstance(layers, int):
+        return build_student(network, layers, stack=path)
+    if by != "uniform" and data is None:
+        raise ValueError(f"`by={by!r}` measures the layers of the stage {found.name!r}: pass `data`, a data module.")
+    depth = len(list(network.get_submodule(path).children()))
+    if not 1 <= layers <= depth:
+        raise ValueError(
+            f"`layers` must be from 1 to {depth}, as many as the stage {found.name!r} has in {path!r}, got {layers}."
+        )
+    loader = None
+    if by != "uniform" and data is not None:
+        data.prepare_data()
+        data.setup("fit")
+        loader = data.train_dataloader()
+    kept = choose_layers(
+        network, layers, by, loader=loader, task=Classification() if task is None else task, stack=path, batches=batches
+    )
     return build_student(network, kept, stack=path)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from lightning_distill.losses import EnsembleTargets, Term
@@ -22,7 +23,7 @@ from lightning_distill.teachers import EnsembleTeacher, complexity_weights, perf
 from lightning_distill.weighting import Weighting
 
 Transfer = Literal["direct", "reuse", "ensemble", "residual"]
-MemberWeights = Literal["uniform", "performance", "complexity"]
+MemberWeights = Literal["uniform", "performance", "complexity", "learned"]
 
 
 class ProgressiveStage(KD):
@@ -45,9 +46,10 @@ class ProgressiveStage(KD):
         student: The network to train; for ``"residual"`` the new summand.
         transfer: See above.
         reuse_alpha: Weight of the stage before, in [0, 1]; of ``"reuse"``.
-        member_weights: Of ``"ensemble"``: all equal, in proportion to the validation metric ``metric``, or in inverse
-            proportion to the parameters; or one number per earlier stage, for instance by
-            :func:`~lightning_distill.teachers.learn_weights`.
+        member_weights: Of ``"ensemble"``: all equal, in proportion to the validation metric ``metric``, in inverse
+            proportion to the parameters, or learned on the validation data, before the training, by
+            :func:`~lightning_distill.teachers.learn_weights` (data that choose the best checkpoint as well, so that
+            validation metrics flatter a little); or one number per earlier stage.
         metric: Name of the metric for ``"performance"``; more must be better.
         earlier: The stages before. A pipeline sets it; without one, and without ``earlier``, there is no teacher (to
             load a checkpoint, say).
@@ -96,9 +98,10 @@ class ProgressiveStage(KD):
             raise ValueError(f"`transfer` must be 'direct', 'reuse', 'ensemble' or 'residual', got {transfer!r}.")
         if not 0 <= reuse_alpha <= 1:
             raise ValueError(f"`reuse_alpha` must be in [0, 1], got {reuse_alpha}.")
-        if isinstance(member_weights, str) and member_weights not in ("uniform", "performance", "complexity"):
+        if isinstance(member_weights, str) and member_weights not in get_args(MemberWeights):
             raise ValueError(
-                f"`member_weights` must be 'uniform', 'performance', 'complexity' or numbers, got {member_weights!r}."
+                "`member_weights` must be 'uniform', 'performance', 'complexity', 'learned' or numbers, got "
+                f"{member_weights!r}."
             )
         earlier = current_stages() if earlier is None else earlier
         teacher, own = None, {}
@@ -110,6 +113,8 @@ class ProgressiveStage(KD):
                 teacher = first.teacher()
                 if len(earlier) > 1:
                     student = _added(previous, student, task)
+            elif transfer == "reuse" and len(earlier) == 1:
+                teacher = first.teacher()
             elif transfer == "reuse":
                 teacher = EnsembleTeacher([previous.teacher(), first.teacher()], [reuse_alpha, 1 - reuse_alpha])
             else:
@@ -133,6 +138,25 @@ class ProgressiveStage(KD):
             item_weights=item_weights,
         )
         self.transfer = transfer
+        self._learns = transfer == "ensemble" and member_weights == "learned" and earlier is not None
+
+    def on_fit_start(self) -> None:
+        """Learn the members' weights, if that is asked for; a resumed run learns the same."""
+        super().on_fit_start()
+        if self._learns:
+            assert isinstance(self.teacher, EnsembleTeacher)
+            datamodule = getattr(self.trainer, "datamodule", None)
+            if datamodule is None:
+                raise ValueError("`member_weights='learned'` needs a data module with validation data, got none.")
+            with torch.random.fork_rng(devices=[]):
+                shares = self.teacher.learned_shares(
+                    (
+                        self.trainer.strategy.batch_to_device(batch, self.device)
+                        for batch in datamodule.val_dataloader()
+                    ),
+                    self.task,
+                )
+            self.teacher.shares = self.trainer.strategy.broadcast(shares)
 
 
 def _added(previous: EarlierStage, student: nn.Module | str, task: Task | None) -> nn.Module:
@@ -146,6 +170,12 @@ def _added(previous: EarlierStage, student: nn.Module | str, task: Task | None) 
 def _member_weights(chosen: MemberWeights | Sequence[float], earlier: Earlier, metric: str) -> Sequence[float] | None:
     if chosen == "uniform":
         return None
+    if chosen == "learned":
+        if running := [stage.name for stage in earlier if stage.following is not None]:
+            raise ValueError(
+                f"`member_weights='learned'` needs finished stages, but {running[0]!r} is still being trained."
+            )
+        return None  # until the training begins
     if chosen == "complexity":
         return complexity_weights([sum(p.numel() for p in stage.network.parameters()) for stage in earlier])
     if chosen == "performance":

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 
 from lightning_distill.comparison.files import slug
 from lightning_distill.files import write_json
@@ -87,7 +88,7 @@ class PipelineReport:
         for name, size, metric in points:
             axes.annotate(name, (size, metric), textcoords="offset points", xytext=(6, 6))
         axes.set(xscale="log", xlabel="parameters", ylabel=self.monitor, title="Stages, from the first to the last")
-        axes.margins(0.15)
+        axes.margins(x=0.25, y=0.15)  # room for the names
         axes.grid(alpha=0.3)
         path = self.folder / PLOT
         figure.savefig(path, dpi=120)
@@ -95,8 +96,12 @@ class PipelineReport:
 
     def __rich__(self) -> Table:
         """The table."""
+        measured = [name.replace("/", "/\n", 1) for name in (self.monitor, _on_test(self.monitor))]
         table = Table(
-            "stage", self.monitor, "kept", _on_test(self.monitor), "parameters", "MFLOP / sample", "steps", "time"
+            Column("stage", overflow="fold"),
+            *(Column(name, justify="right") for name in (measured[0], "kept", measured[1])),
+            *(Column(name, justify="right") for name in ("weights", "MFLOP /\nsample", "steps", "time")),
+            box=SIMPLE_HEAD,
         )
         for stage in self.stages:
             table.add_row(

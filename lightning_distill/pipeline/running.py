@@ -45,7 +45,7 @@ def build_stage(stage: Stage, earlier: Earlier, seed: int) -> tuple[Experiment, 
         experiment = stage.build(earlier)
     _check_experiment(stage, experiment)
     configuration = describe(experiment) if stage.configuration is None else stage.configuration
-    return experiment, {**configuration, "seed": seed}
+    return experiment, {**configuration, "monitor": stage.monitor, "mode": stage.mode, "seed": seed}
 
 
 def train_stage(

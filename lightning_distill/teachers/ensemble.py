@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import cross_entropy
 
 from lightning_distill.losses.ensemble_targets import MEMBER_LOGITS, MEMBER_WEIGHTS
 from lightning_distill.outputs import Outputs
@@ -212,6 +213,33 @@ class EnsembleTeacher(Teacher):
         """Place every member."""
         for member in self._teachers:
             member.place(device, mesh)
+
+    @torch.no_grad()
+    def learned_shares(self, batches: Iterable[Any], task: Task) -> list[float]:
+        """The members' shares of least negative log-likelihood on labelled ``batches``; see :func:`learn_weights`.
+
+        Args:
+            batches: On the members' device. None of them should have been trained on these.
+            task: How a batch is read.
+
+        Raises:
+            ValueError: If no item has a label, or the task has no classes.
+        """
+        if not task.imitable:
+            raise ValueError(f"The weights of an ensemble are learned on classes; {type(task).__name__} has none.")
+        true = []
+        for batch in batches:
+            labels = task.labels(batch)
+            said = [member(batch, task) for member in self._teachers]
+            scored = [task.evaluable(outputs, labels, task.mask(batch, outputs)) for outputs in said if outputs]
+            pairs = [pair for pair in scored if pair is not None]
+            if len(pairs) == len(said):
+                members = [-cross_entropy(logits, label, reduction="none").cpu() for logits, label in pairs]
+                true.append(torch.stack(members))
+        if not true:
+            raise ValueError("The weights of an ensemble are learned on labels, but the batches have none.")
+        log_probs = torch.cat(true, dim=1).unsqueeze(2)  # of the right class, which becomes class 0 of 1
+        return learn_weights(log_probs, torch.zeros(log_probs.shape[1], dtype=torch.long))
 
     @property
     def _teachers(self) -> list[Any]:

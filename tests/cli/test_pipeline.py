@@ -99,3 +99,30 @@ def test_a_changed_stage_is_refused(file, tmp_path):
     arguments = file(CONFIGURATION | {"stages": only, "common": common})
     with pytest.raises(SystemExit, match=r"'teacher' .* another configuration: `trainer.max_epochs` was 1, is 2"):
         main(arguments)
+
+
+def test_layers_are_kept_by_what_yaml_says_to_measure(file, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i}: {i * i} and {i + 7}." * 3 for i in range(200)))
+    text = {"class_path": "TextDataModule", "init_args": {"files": ["text.txt"], "length": 16, "batch_size": 4}}
+    sizes = {"vocab_size": 512, "n_positions": 32, "n_embd": 8, "n_layer": 3, "n_head": 2}
+    gpt = {"model_type": "gpt2", "head": "causal-lm", "config": sizes | {"bos_token_id": 0, "eos_token_id": 0}}
+    kept = {"layers": 2, "by": "importance", "task": {"class_path": "CausalLM"}, "data": text}
+    teacher = {"class_path": "lightning_distill.networks.from_config", "init_args": gpt}
+    common = {
+        "model": {"class_path": "ProgressiveStage", "init_args": {"task": {"class_path": "CausalLM"}}},
+        "data": text,
+        "trainer": {"accelerator": "cpu", "max_steps": 2, "max_epochs": -1, "enable_progress_bar": False},
+    }
+    common["trainer"] |= {"val_check_interval": 1, "limit_val_batches": 1, "limit_test_batches": 1}
+    alone = {"alpha": 1.0, "student": teacher, "task": {"class_path": "CausalLM"}}
+    stages = {
+        "teacher": {"model": {"class_path": "KD", "init_args": alone}},
+        "student": {"model": {"init_args": {"student": {"class_path": f"{STAGES}.shortened", "init_args": kept}}}},
+    }
+    arguments = file({"folder": "runs/p", "monitor": "val/nll", "mode": "min", "common": common, "stages": stages})
+    main(arguments)
+    report = json.loads((tmp_path / "runs/p/report.json").read_text())
+    large, small = (stage["parameters"] for stage in report["stages"])
+    layer = 12 * 8 * 8 + 13 * 8
+    assert large - small == layer
+    main(arguments)  # finished: built again, trained no more

@@ -108,11 +108,11 @@ class Counts(Callback):
     steps = 0
 
     def __init__(self, fail_at=None):
-        self.fail_at = fail_at
+        self._fail_at = fail_at
 
     def on_train_batch_end(self, trainer, pl_module, *rest):
         Counts.steps += 1
-        if trainer.global_step == self.fail_at:
+        if trainer.global_step == self._fail_at:
             raise RuntimeError("power failure")
 
 
