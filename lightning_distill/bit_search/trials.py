@@ -117,16 +117,24 @@ def layer_errors(trials: Trials) -> dict[str, dict[int, float]]:
 
 
 def budgets_between(costs: Table, points: int) -> list[float]:
-    """Evenly spaced budgets from the cheapest plan's cost to the most expensive one's.
+    """Budgets from the cheapest plan's cost to the most expensive one's, in equal ratios: fronts are steep at few bits.
+
+    Evenly spaced where the cheapest plan costs nothing.
 
     Raises:
         ValueError: If ``points`` is below 2.
+
+    Example:
+        >>> [round(budget) for budget in budgets_between({"a": {2: 20.0, 8: 80.0}}, 3)]
+        [20, 40, 80]
     """
     if not points >= 2:
         raise ValueError(f"`points` must be at least 2, got {points}.")
     low = math.fsum(min(row.values()) for row in costs.values())
     high = math.fsum(max(row.values()) for row in costs.values())
-    return [low + (high - low) * point / (points - 1) for point in range(points)]
+    shares = [point / (points - 1) for point in range(points)]
+    between = [low * (high / low) ** share if low > 0 else low + (high - low) * share for share in shares]
+    return [low, *between[1:-1], high]
 
 
 def try_allocations(trials: Trials, errors: Table, budgets: Iterable[float]) -> list[Trial]:

@@ -63,6 +63,14 @@ def test_allocation_is_the_best_of_all_plans(seed):
         assert plan_sum(plan, errors) == pytest.approx(best, rel=1e-6, abs=1e-8 * scale)
 
 
+def test_small_differences_count_beside_large_ones():
+    errors = {"a": {2: 5.0, 4: 0.0}, "b": {2: 1e-7, 4: 0.0}, "c": {2: 3e-7, 4: 0.0}}
+    costs = weight_bits({"a": 10, "b": 10, "c": 10}, (2, 4))
+    assert allocate_bits(errors, costs, 100) == {"a": 4, "b": 2, "c": 4}
+    errors["b"][2], errors["c"][2] = errors["c"][2], errors["b"][2]
+    assert allocate_bits(errors, costs, 100) == {"a": 4, "b": 4, "c": 2}
+
+
 def test_of_equal_plans_the_cheapest_is_taken_and_costs_may_be_anything():
     errors = {"a": {4: 0.0, 8: 0.0}, "b": {4: 1.0, 8: 0.5}}
     assert allocate_bits(errors, weight_bits({"a": 3, "b": 3}, (4, 8)), 1000) == {"a": 4, "b": 8}

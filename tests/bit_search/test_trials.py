@@ -75,7 +75,7 @@ def test_errors_and_allocations_at_several_budgets_find_most_of_the_front():
     tried = try_allocations(trials, layer_errors(trials), budgets_between(COSTS, 14))
     assert len(trials) <= 5 * len(SIZES)
     assert [trial.cost for trial in tried] == sorted(trial.cost for trial in tried)
-    assert quality(trials) >= 0.95
+    assert quality(trials) >= 0.96
     front = trials.front()
     values = [(trial.loss, trial.cost) for trial in front]
     assert pareto_front(values) == list(range(len(front)))
@@ -105,6 +105,35 @@ def test_refinement_repairs_what_the_sum_of_errors_gets_wrong(average):
     assert found.cost <= budget
     assert found.loss == pytest.approx(best, rel=0.01)
     assert len(trials) < 50  # of 243
+
+
+def test_greedy_takes_from_whom_minds_least_for_what_it_saves():
+    errors = {"small": {2: 0.1, 4: 0.0}, "large": {2: 0.4, 4: 0.0}}
+    costs = weight_bits({"small": 10, "large": 100}, (2, 4))
+    way = greedy(Trials(lambda plan: plan_sum(plan, errors), costs))
+    assert [trial.plan["large"] for trial in way] == [4, 2, 2]  # 0.4 for 200 bits, not 0.1 for 20
+    errors["large"][2] = 2.0
+    way = greedy(Trials(lambda plan: plan_sum(plan, errors), costs), budget=420)
+    assert way[-1].plan == {"small": 2, "large": 4}
+
+
+def test_budgets_go_up_in_equal_ratios():
+    found = budgets_between(COSTS, 5)
+    assert [found[0], found[-1]] == [2 * sum(SIZES.values()), 8 * sum(SIZES.values())]
+    ratios = [after / before for before, after in itertools.pairwise(found)]
+    assert ratios == pytest.approx([math.sqrt(2)] * 4)
+    assert budgets_between({"a": {2: 0.0, 4: 8.0}}, 3) == [0.0, 4.0, 8.0]
+
+
+def test_exchanges_find_what_the_integer_programme_misses():
+    sizes = {"x": 10, "y": 10, "z": 10}
+    costs = weight_bits(sizes, (2, 4))
+
+    def joint(plan):  # raising one layer alone does nothing, which no sum of single steps knows
+        return {(4, 2, 2): 1.0, (2, 4, 2): 0.9, (2, 2, 4): 0.8}.get(tuple(plan.values()), 1.2)
+
+    trials = Trials(joint, costs)
+    assert refine(trials, {"x": 4, "y": 2, "z": 2}, 80).plan == {"x": 2, "y": 2, "z": 4}
 
 
 def test_refinement_needs_no_good_beginning():

@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_distill import KD
 from lightning_distill.bit_search import BitSearchResult, search_bits
 from lightning_distill.callbacks import BitSearch
 from lightning_distill.callbacks.bit_search import training_samples
 from lightning_distill.cli import main
+from lightning_distill.networks import NoisyInput
 from lightning_distill.quantization import quantized_layers, size_report
 from tests.callbacks.bit_search_run import data, module, quantized_module, search
 
@@ -41,7 +43,8 @@ class Save(L.Callback):
 @pytest.mark.parametrize("start_step", [0, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_training_goes_on_as_if_nothing_had_been_searched(make_trainer, tmp_path, start_step, accumulate):
-    plain, searched = module(), module()
+    plain, searched = noisy(), noisy()
+    torch.manual_seed(0)
     make_trainer(**QUIET, accumulate_grad_batches=accumulate).fit(plain, datamodule=data())
     seen = []
 
@@ -50,6 +53,7 @@ def test_the_training_goes_on_as_if_nothing_had_been_searched(make_trainer, tmp_
 
     callback = search(tmp_path, start_step=start_step, apply=look)
     trainer = make_trainer(**QUIET, accumulate_grad_batches=accumulate, callbacks=[callback])
+    torch.manual_seed(0)
     trainer.fit(searched, datamodule=data())
     ours, theirs = searched.student.state_dict(), plain.student.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -60,8 +64,14 @@ def test_the_training_goes_on_as_if_nothing_had_been_searched(make_trainer, tmp_
     assert search_bits(student, samples, effective_bits=4.0) == callback.result
     if start_step == 0:
         assert all(
-            torch.equal(value, module().student.state_dict()[name]) for name, value in student.state_dict().items()
+            torch.equal(value, noisy().student.state_dict()[name]) for name, value in student.state_dict().items()
         )
+
+
+def noisy():
+    """A module whose training draws random numbers in every step."""
+    found = module()
+    return KD(NoisyInput(found.student), found.teacher, optimizer=found.optimizer_factory)
 
 
 def data_loader():
