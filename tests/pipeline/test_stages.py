@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_distill import KD, Pipeline, ProgressiveStage, Stage
+from lightning_distill.callbacks.stage_checkpoint import checkpoints
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.layer_maps import choose_layers
 from lightning_distill.losses import DKD
@@ -90,7 +91,7 @@ def test_layers_are_kept_by_place_by_density_and_by_importance():
     ("arguments", "message"),
     [
         ({"count": 5}, "has 4 layers in 'blocks', so from 1 to 4 can be kept, got 5"),
-        ({"count": 0}, "got 0"),
+        ({"count": 0}, "from 1 to 4 can be kept, got 0"),
         ({"count": 2, "by": "size"}, "`by` must be 'uniform', 'importance' or 'density', got 'size'"),
         ({"count": 2, "by": "density"}, "measures the layers on data: pass `loader` and `task`"),
         (
@@ -288,6 +289,27 @@ def test_a_resumed_stage_is_an_uninterrupted_one(tmp_path, options, at):
     again, found = run(tmp_path / "killed")
     assert again == stage
     assert all(torch.equal(value, found[name]) for name, value in weights.items())
+
+
+class Validations(L.Callback):
+    def __init__(self):
+        self._seen = {}
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._seen.setdefault(trainer.global_step, float(trainer.callback_metrics["val/accuracy"]))
+
+
+def test_the_best_may_be_of_the_middle_of_an_epoch(tmp_path):
+    validations = Validations()
+    options = {"max_epochs": 3, "val_check_interval": 2, "callbacks": [validations]}
+    stage = Stage("teacher", lambda earlier: experiment(KD(net(8), alpha=1.0, optimizer=SGD), **options))
+    (report,) = Pipeline([stage]).run(tmp_path, console=QUIET).stages
+    seen = {step: value for step, value in validations._seen.items() if step < 15}
+    best = max(seen, key=seen.get)
+    assert best % 5  # of an epoch of 5 steps
+    assert report.metric == report.metrics["val/accuracy"] == seen[best]
+    assert any(saved.step == best for saved in checkpoints(tmp_path / "teacher" / "checkpoints"))
 
 
 def test_another_monitor_makes_another_best_checkpoint(tmp_path):
