@@ -29,6 +29,7 @@ class StageReport:
         test: The same metric on the test data, where there are some.
         retention: ``metric`` over that of the first stage; ``None`` where less is better, or nothing was measured.
         parameters: Of the exported network.
+        bytes: Of weights and buffers, quantized ones packed.
         flops: Floating-point operations of one sample (twice the multiply-adds); ``None`` if they cannot be counted.
         seconds: Of the training, all attempts together.
         steps: Of the optimizer.
@@ -41,6 +42,7 @@ class StageReport:
     test: float | None
     retention: float | None
     parameters: int
+    bytes: int
     flops: float | None
     seconds: float
     steps: int
@@ -100,7 +102,7 @@ class PipelineReport:
         table = Table(
             Column("stage", overflow="fold"),
             *(Column(name, justify="right") for name in (measured[0], "kept", measured[1])),
-            *(Column(name, justify="right") for name in ("weights", "MFLOP /\nsample", "steps", "time")),
+            *(Column(name, justify="right") for name in ("weights", "kB", "MFLOP /\nsample", "time")),
             box=SIMPLE_HEAD,
         )
         for stage in self.stages:
@@ -110,8 +112,8 @@ class PipelineReport:
                 _or_dash(stage.retention, "{:.1%}"),
                 _or_dash(stage.test, "{:.4f}"),
                 f"{stage.parameters:,}",
+                f"{stage.bytes / 1e3:,.1f}",
                 _or_dash(None if stage.flops is None else stage.flops / 1e6, "{:.3g}"),
-                str(stage.steps),
                 f"{stage.seconds:.0f} s",
             )
         return table
@@ -132,7 +134,7 @@ def pipeline_report(folder: Path, stages: Sequence[Stage]) -> PipelineReport:
                 metric=metric,
                 test=record["metrics"].get(_on_test(stage.monitor)),
                 retention=metric / reference if comparable else None,
-                **{key: record[key] for key in ("parameters", "flops", "seconds", "steps", "metrics")},
+                **{key: record[key] for key in ("parameters", "bytes", "flops", "seconds", "steps", "metrics")},
             )
         )
     return PipelineReport(folder, stages[0].monitor, rows)

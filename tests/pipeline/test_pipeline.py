@@ -13,10 +13,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_distill import KD, CausalLM, Pipeline, ProgressiveStage, Stage
+from lightning_distill import KD, CausalLM, Pipeline, ProgressiveStage, QADModule, Stage
 from lightning_distill.callbacks.stage_checkpoint import checkpoints
 from lightning_distill.files import content_hash
 from lightning_distill.networks import from_config
+from lightning_distill.quantization import QuantSpec
 from lightning_distill.residual import ResidualEnsemble
 from lightning_distill.stages import Earlier, EarlierStage, earlier_stages, shortened, stage_network
 from tests.pipeline.parts import SGD, chain, data, experiment, net, student, teacher
@@ -223,6 +224,7 @@ def test_the_report_has_what_each_stage_keeps_and_costs(done):
     assert last.retention == pytest.approx(last.metric / first.metric)
     assert [stage.parameters for stage in report.stages] == [6 * w + w + 3 * w + 3 for w in (16, 8, 4)]
     assert [stage.flops for stage in report.stages] == [2 * 9 * w for w in (16, 8, 4)]
+    assert [stage.bytes for stage in report.stages] == [4 * stage.parameters for stage in report.stages]
     assert middle.steps == 10
     assert 0 < sum(stage.seconds for stage in report.stages) < elapsed
     assert middle.test == middle.metrics["test/accuracy"]
@@ -266,6 +268,28 @@ def test_transformers_lose_layers_from_stage_to_stage(tmp_path):
         Pipeline([*stages, Stage("five", lambda earlier: build(earlier, 5), "val/nll", "min")]).run(
             tmp_path, console=QUIET
         )
+
+
+def test_quantized_students_teach_each_other_with_fewer_and_fewer_bits(tmp_path):
+    def quantized(bits):
+        def build(earlier):
+            student = earlier.first.copied()
+            module = QADModule(student, earlier.previous.teacher(), QuantSpec(bits), alpha=0.0, optimizer=SGD)
+            return experiment(module)
+
+        return Stage(f"{bits} bits", build)
+
+    stages = [teacher(), quantized(8), quantized(4)]
+    report = Pipeline(stages).run(tmp_path, console=QUIET)
+    eight, four = report.stages[1:]
+    weights_of, rest = 16 * 6 + 3 * 16, 16 + 3  # weights, biases
+    steps = 16 + 3
+    assert eight.bytes == weights_of + 4 * rest + 4 * steps
+    assert four.bytes == weights_of // 2 + 4 * rest + 4 * steps
+    again = Pipeline(stages).run(tmp_path, console=QUIET)
+    assert again == report
+    found = {name for name in weights(tmp_path, "4-bits") if "scale" in name}
+    assert found  # the steps are kept
 
 
 # What a stage learns from
