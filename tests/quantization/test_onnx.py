@@ -91,6 +91,9 @@ def test_a_convolutional_network_is_computed_with_integers(weights, activations,
     assert found["QGemm"] == 1
     assert found["BatchNormalization"] == 0
     torch.testing.assert_close(run_onnx(report.path, images[:3]), run_onnx(report.path, images)[:3])
+    with torch.no_grad():
+        clipped = network(4 * images)
+    assert (run_onnx(report.path, 4 * images) - clipped).norm() < 0.02 * clipped.norm()
 
 
 @pytest.mark.parametrize(
