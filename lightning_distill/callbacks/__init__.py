@@ -7,12 +7,15 @@ if __name__ == "callbacks":
 
 from lightning_distill.callbacks.adapter_mean_teacher import AdapterMeanTeacher
 from lightning_distill.callbacks.balanced_magnitudes import BalancedMagnitudes
+from lightning_distill.callbacks.bit_search import BitSearch
 from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.curriculum import CurriculumResampling
 from lightning_distill.callbacks.difficulty import TaskDifficulty
 from lightning_distill.callbacks.ema_teacher import MeanTeacher
+from lightning_distill.callbacks.feature_injection import FeatureInjection
 from lightning_distill.callbacks.generations import GenerationEarlyStopping
 from lightning_distill.callbacks.gradient_alignment import GradientAlignment
+from lightning_distill.callbacks.gradient_injection import GradientInjection
 from lightning_distill.callbacks.gradient_log import GradientLog
 from lightning_distill.callbacks.gradient_variance import GradientVarianceTemperature
 from lightning_distill.callbacks.gradnorm import GradNorm
@@ -32,6 +35,7 @@ from lightning_distill.callbacks.scheduled_weights import ScheduledWeights
 from lightning_distill.callbacks.selection import LogSelection
 from lightning_distill.callbacks.snapshot_teacher import SnapshotTeacher
 from lightning_distill.callbacks.soft_label_refinement import SoftLabelRefinement
+from lightning_distill.callbacks.stage_checkpoint import StageCheckpoint
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 from lightning_distill.callbacks.weight_report import WeightReport
 from lightning_distill.callbacks.weighting import MGDA, CAGrad, PCGrad, UncertaintyWeighting
@@ -42,13 +46,16 @@ __all__ = [
     "AdapterMeanTeacher",
     "AlternatingQuantization",
     "BalancedMagnitudes",
+    "BitSearch",
     "CAGrad",
     "CacheWriter",
     "CurriculumResampling",
     "DynamicLayerWeights",
+    "FeatureInjection",
     "GenerationEarlyStopping",
     "GradNorm",
     "GradientAlignment",
+    "GradientInjection",
     "GradientLog",
     "GradientVarianceTemperature",
     "LogSelection",
@@ -63,6 +70,7 @@ __all__ = [
     "ScheduledWeights",
     "SnapshotTeacher",
     "SoftLabelRefinement",
+    "StageCheckpoint",
     "TaskDifficulty",
     "TemperatureAnnealing",
     "UncertaintyWeighting",

@@ -59,6 +59,7 @@ from lightning_distill.losses.embeddings import (
     pair_similarity,
     similarity_matching,
 )
+from lightning_distill.losses.ensemble_targets import EnsembleTargets, mean_kl_divergence
 from lightning_distill.losses.features import FeatureMatching
 from lightning_distill.losses.fused import FusedCrossEntropy, FusedKD
 from lightning_distill.losses.items import per_item
@@ -128,6 +129,7 @@ __all__ = [
     "CrossTaskTargets",
     "Decorrelation",
     "EmbeddingDistance",
+    "EnsembleTargets",
     "EntropyTokenWeight",
     "FeatureAlignment",
     "FeatureMatching",
@@ -198,6 +200,7 @@ __all__ = [
     "kl_divergence",
     "layerwise_kd",
     "lipschitz_penalty",
+    "mean_kl_divergence",
     "mixup",
     "non_target_divergence",
     "pair_similarity",
