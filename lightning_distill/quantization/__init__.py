@@ -3,6 +3,7 @@
 from lightning_distill.quantization.alternation import MonotonicityReport, monotonicity_report
 from lightning_distill.quantization.closed_forms import binary_quantize, ternary_quantize
 from lightning_distill.quantization.fake_quantize import Grid, blend, codes_of, fake_quantize, grid_of
+from lightning_distill.quantization.integers import IntegerWeight, integer_weight
 from lightning_distill.quantization.layers import QuantizedLayer
 from lightning_distill.quantization.network import (
     calibrate,
@@ -12,6 +13,7 @@ from lightning_distill.quantization.network import (
     set_alpha,
     set_bits,
 )
+from lightning_distill.quantization.onnx_export import OnnxReport, export_onnx, onnx_latency, run_onnx
 from lightning_distill.quantization.scales import (
     affine_scale,
     alternate_scale_and_codes,
@@ -32,8 +34,10 @@ from lightning_distill.quantization.terms import (
 
 __all__ = [
     "Grid",
+    "IntegerWeight",
     "LayerSize",
     "MonotonicityReport",
+    "OnnxReport",
     "QuantSpec",
     "QuantizationError",
     "QuantizedLayer",
@@ -46,16 +50,20 @@ __all__ = [
     "calibrate",
     "codes_of",
     "dsq_fake_quantize",
+    "export_onnx",
     "fake_quantize",
     "full_precision",
     "grid_of",
+    "integer_weight",
     "lsq_initial_scale",
     "minmax_scale",
     "monotonicity_report",
     "mse_affine_scale",
     "mse_scale",
+    "onnx_latency",
     "prepare",
     "quantized_layers",
+    "run_onnx",
     "set_alpha",
     "set_bits",
     "size_report",

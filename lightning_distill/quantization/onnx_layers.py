@@ -1,0 +1,247 @@
+"""Quantized layers as ONNX operators: whole numbers in the file, and the steps that training has found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_distill.quantization.fake_quantize import grid_of
+from lightning_distill.quantization.integers import IntegerWeight, integer_weight
+from lightning_distill.quantization.layers import STEPS, QuantizedLayer
+
+OPSET = 21
+"""The first one with 4-bit numbers and steps of groups."""
+
+
+class OnnxLayer(nn.Module):
+    """What a quantized layer becomes while it is exported: it runs in ONNX only."""
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias_codes: Tensor
+    bias_scale: Tensor
+    bias_zero_point: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    highest_code: int
+    packed: dict[str, int] | None
+    weight_shape: tuple[int, ...]
+    shift: Tensor
+
+    def dequantized_input(self, values: Tensor) -> Tensor:
+        """``values`` rounded to the levels of the layer's input, as a pair of operators that runtimes know."""
+        if not hasattr(self, "input_scale"):
+            return values
+        inputs = (values, self.input_scale, self.input_zero_point)
+        codes = _operator("QuantizeLinear", inputs, torch.uint8, values.shape)
+        if self.highest_code < 255:  # fewer bits than their container: behind the operator, so that it stays fusable
+            codes = codes.clamp(max=self.highest_code)
+        return _operator("DequantizeLinear", (codes, *inputs[1:]), torch.float32, values.shape)
+
+    def dequantized_weight(self, shape: tuple[int, ...], axis: int) -> Tensor:
+        """The weight in floating point; ``axis`` is that of the channels in ``weight_codes``."""
+        attributes = {"axis": axis}
+        if self.weight_scale.ndim > 1:
+            attributes = {"axis": 1, "block_size": self.weight_codes.shape[1] // self.weight_scale.shape[1]}
+        inputs: tuple[Tensor, ...] = (self.weight_codes, self.weight_scale)
+        if hasattr(self, "weight_zero_point"):
+            inputs = (*inputs, self.weight_zero_point)
+        weight = _operator("DequantizeLinear", inputs, torch.float32, self.weight_codes.shape, **attributes)
+        return weight.reshape(shape)
+
+
+class OnnxLinear(OnnxLayer, nn.Linear):
+    """A linear layer, of whole numbers on both sides or of packed weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Linear``."""
+        values = self.dequantized_input(input)
+        if self.packed is not None:
+            operands = (values, self.weight_codes, self.weight_scale)
+            shape = (*values.shape[:-1], self.out_features)
+            output = _operator("com.microsoft::MatMulNBits", operands, torch.float32, shape, 1, **self.packed)
+            if hasattr(self, "shift"):  # levels half a step beside the codes
+                groups = values.reshape(*values.shape[:-1], self.shift.shape[0], -1).sum(dim=-1)
+                output = output + groups @ self.shift
+        elif self.weight_scale.ndim > 1:
+            output = values @ self.dequantized_weight((self.out_features, self.in_features), 0).T
+        else:
+            output = values @ self.dequantized_weight((self.in_features, self.out_features), 1)
+        return output if self.bias is None else output + self.dequantized_bias()
+
+    def dequantized_bias(self) -> Tensor:
+        """The bias, of 32 bits in steps of the product where the layer computes with whole numbers."""
+        if not hasattr(self, "bias_codes"):
+            return self.bias
+        inputs = (self.bias_codes, self.bias_scale, self.bias_zero_point)
+        return _operator("DequantizeLinear", inputs, torch.float32, self.bias_codes.shape, axis=0)
+
+
+class OnnxConv1d(OnnxLayer, nn.Conv1d):
+    """A convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Conv1d``."""
+        weight = self.dequantized_weight(self.weight_shape, 0)
+        output: Tensor = self._conv_forward(self.dequantized_input(input), weight, self.bias)
+        return output
+
+
+class OnnxConv2d(OnnxLayer, nn.Conv2d):
+    """A convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Conv2d``."""
+        weight = self.dequantized_weight(self.weight_shape, 0)
+        output: Tensor = self._conv_forward(self.dequantized_input(input), weight, self.bias)
+        return output
+
+
+class OnnxConv3d(OnnxLayer, nn.Conv3d):
+    """A convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Conv3d``."""
+        weight = self.dequantized_weight(self.weight_shape, 0)
+        output: Tensor = self._conv_forward(self.dequantized_input(input), weight, self.bias)
+        return output
+
+
+class OnnxEmbedding(OnnxLayer, nn.Embedding):
+    """A table of whole numbers; only the rows that are read become floating point."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Embedding``."""
+        scale = self.weight_scale.reshape(len(self.weight_codes), -1)
+        rows = self.weight_codes[input].float().reshape(*input.shape, scale.shape[1], -1)
+        return (rows * scale[input].unsqueeze(-1)).reshape(*input.shape, self.embedding_dim)
+
+
+_BECOMES: dict[type[nn.Module], type[OnnxLayer]] = {
+    nn.Linear: OnnxLinear,
+    nn.Conv1d: OnnxConv1d,
+    nn.Conv2d: OnnxConv2d,
+    nn.Conv3d: OnnxConv3d,
+    nn.Embedding: OnnxEmbedding,
+}
+
+
+def to_onnx_layer(layer: QuantizedLayer, name: str, *, accuracy_level: int) -> None:
+    """Turn ``layer`` into one of the above, in place.
+
+    Raises:
+        ValueError: If its levels do not fit into 8 bits.
+    """
+    if layer.weight_bits > 8:
+        _to_plain_layer(layer)
+        return
+    found, bits, activations = integer_weight(layer), layer.weight_bits, layer.activation_bits
+    ours = next(ours for plain, ours in _BECOMES.items() if isinstance(layer, plain))
+    exported: Any = layer
+    exported.weight_shape = tuple(layer.weight.shape)
+    if activations is not None:
+        scale, zero = layer.activation_scale.detach().float(), layer.activation_zero_point.detach()
+    _drop(exported, (*STEPS, "weight"))
+    exported.__class__, exported.packed = ours, None
+    if activations is not None:
+        exported.register_buffer("input_scale", scale)
+        exported.register_buffer("input_zero_point", zero.to(torch.uint8))
+        exported.highest_code = grid_of(activations, "unsigned").highest
+    if isinstance(exported, OnnxLinear) and activations is None and (block := _block_size(found)) is not None:
+        _pack(exported, found, _container(bits), block, accuracy_level)
+        return
+    whole = found.symmetric()
+    if int(whole.codes.abs().max()) > 127:
+        raise ValueError(
+            f"The layer {name!r} has {bits} bits with levels half a step beside 0, which no ONNX type of 8 bits holds. "
+            "Use scheme='lsq', or fewer bits."
+        )
+    codes, steps = whole.codes.to(torch.int8), whole.scale.squeeze(-1)
+    if activations is not None:  # integer kernels are only found where it is written out
+        exported.register_buffer("weight_zero_point", torch.zeros(steps.squeeze(-1).shape, dtype=torch.int8))
+    if isinstance(exported, OnnxEmbedding) or steps.shape[1] > 1:
+        exported.register_buffer("weight_codes", codes.flatten(1))
+        exported.register_buffer("weight_scale", steps)
+    elif isinstance(exported, OnnxLinear):
+        exported.register_buffer("weight_codes", codes.flatten(1).T.contiguous())
+        exported.register_buffer("weight_scale", steps.flatten())
+        if activations is not None and exported.bias is not None:
+            _quantize_bias(exported)
+    else:
+        exported.register_buffer("weight_codes", codes.reshape(exported.weight_shape))
+        exported.register_buffer("weight_scale", steps.flatten())
+
+
+def _to_plain_layer(layer: QuantizedLayer) -> None:
+    """Make it the layer that it was before quantization; a weight of 16 bits is rounded to half precision."""
+    if layer.activation_bits is not None:
+        raise ValueError(
+            "A layer with weights in floating point quantizes its input, which ONNX runtimes do not compute with: "
+            "leave the layer out, `skip=[...]`, or give its weights at most 8 bits."
+        )
+    plain: Any = layer
+    with torch.no_grad():
+        plain.weight.copy_(layer.quantized_weight())
+    _drop(plain, STEPS)
+    plain.__class__ = next(kind for kind in _BECOMES if isinstance(layer, kind))
+
+
+def _drop(layer: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in layer._parameters or name in layer._buffers:
+            delattr(layer, name)
+
+
+def _operator(
+    name: str,
+    inputs: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    shape: torch.Size | tuple[int, ...],
+    version: int = OPSET,
+    **attributes: int,
+) -> Tensor:
+    return torch.onnx.ops.symbolic(name, inputs, dict(attributes), dtype=dtype, shape=shape, version=version)
+
+
+def _container(bits: int) -> int:
+    """Bits that ``MatMulNBits`` has and that hold ``bits``."""
+    return next(width for width in (2, 4, 8) if width >= bits)
+
+
+def _block_size(weight: IntegerWeight) -> int | None:
+    """Weights that share a step in the file; ``None`` where the operator has no such blocks."""
+    inputs = weight.codes[0].numel()
+    if weight.codes.shape[1] == 1:  # one step per channel: repeated for each block
+        return min(128, max(16, 1 << (inputs - 1).bit_length()))
+    size = weight.codes.shape[2]
+    return size if size >= 16 and size & (size - 1) == 0 else None
+
+
+def _pack(layer: Any, weight: IntegerWeight, bits: int, block: int, accuracy_level: int) -> None:
+    """Codes as ``MatMulNBits`` reads them: blocks of unsigned numbers, the first one in the lowest bits."""
+    channels, inputs = len(weight.codes), weight.codes[0].numel()
+    blocks = -(-inputs // block)
+    codes = F.pad(weight.codes.reshape(channels, inputs).int() + 2 ** (bits - 1), (0, blocks * block - inputs))
+    parts = codes.reshape(channels, blocks, -1, 8 // bits) << (bits * torch.arange(8 // bits))
+    layer.register_buffer("weight_codes", parts.sum(dim=-1).to(torch.uint8))
+    scale = weight.scale.reshape(channels, -1)
+    layer.register_buffer("weight_scale", scale.expand(channels, blocks).contiguous())
+    layer.packed = {
+        "K": inputs, "N": channels, "bits": bits, "block_size": block, "accuracy_level": accuracy_level
+    }  # fmt: skip
+    if weight.zero_point != 0:
+        layer.register_buffer("shift", (-weight.zero_point * scale).T.contiguous())
+
+
+def _quantize_bias(layer: Any) -> None:
+    """Give the bias the steps of the products that it is added to, where 32 bits hold it."""
+    scale = layer.input_scale * layer.weight_scale
+    codes = (layer.bias.detach().double() / scale.double()).round()
+    if codes.abs().max() < 2**31:
+        layer.register_buffer("bias_codes", codes.int())
+        layer.register_buffer("bias_scale", scale)
+        layer.register_buffer("bias_zero_point", torch.zeros_like(layer.bias_codes))
