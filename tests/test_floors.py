@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lightning_distill"
 FLOORS = [
-    {"compatibility", "curriculum", "difficulty", "measuring", "modes", "networks", "packages", "sharding",
-     "stochastic_depth", "top_k", "transformers_taps"},
+    {"compatibility", "curriculum", "difficulty", "hardware", "measuring", "modes", "networks", "packages",
+     "sharding", "stochastic_depth", "top_k", "transformers_taps"},
     {"adapters", "deferred", "outputs", "taps"},
     {"layer_maps", "losses", "rules"},
     {"temperature", "weighting"},
