@@ -13,7 +13,7 @@ FLOORS = [
     {"metrics", "sample_difficulty", "selection"},
     {"tasks"},
     {"compression", "diagnostics", "embedding", "export", "nbest", "quantization", "residual"},
-    {"bit_search", "recovery"},
+    {"bit_search", "hardware", "recovery"},
     {"decoding", "teachers"},
     {"stages"},
     {"modules"},
