@@ -3,7 +3,7 @@
 from lightning_distill.quantization.alternation import MonotonicityReport, monotonicity_report
 from lightning_distill.quantization.closed_forms import binary_quantize, ternary_quantize
 from lightning_distill.quantization.fake_quantize import Grid, blend, codes_of, fake_quantize, grid_of
-from lightning_distill.quantization.integers import IntegerWeight, integer_weight
+from lightning_distill.quantization.integers import IntegerWeight, integer_linear, integer_weight
 from lightning_distill.quantization.layers import QuantizedLayer
 from lightning_distill.quantization.network import (
     calibrate,
@@ -54,6 +54,7 @@ __all__ = [
     "fake_quantize",
     "full_precision",
     "grid_of",
+    "integer_linear",
     "integer_weight",
     "lsq_initial_scale",
     "minmax_scale",

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_distill.quantization.layers import QuantizedLayer
+from lightning_distill.quantization.fake_quantize import codes_of, grid_of
+from lightning_distill.quantization.layers import QuantizedLayer, QuantizedLinear
 
 
 class IntegerWeight(NamedTuple):
@@ -54,3 +55,45 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
     if len(scale) != channels:  # one step for all: every channel gets it
         codes, scale = codes.reshape(channels, 1, -1), scale.expand(channels, 1, 1)
     return IntegerWeight(codes, scale.float().contiguous(), zero)
+
+
+def integer_linear(layer: QuantizedLinear, values: Tensor) -> Tensor:
+    r"""What a quantized linear layer computes, in whole numbers: a reference for kernels.
+
+    .. math:: y_c = s_x s_{w,c} \Big( \sum_i q_{x,i} q_{w,c,i} - z_x \sum_i q_{w,c,i} \Big) + b_c
+
+    Codes of 8 bits are multiplied and summed as int32 (exact up to 2 ** 15 inputs), as integer kernels do; steps and
+    zero point come in once, at the end (Jacob et al. 2018, section 2.2, https://arxiv.org/abs/1712.05877).
+
+    Args:
+        layer: With weights and inputs of at most 8 bits, one step per output channel or one for all.
+        values: Shape ``(..., in_features)``.
+
+    Returns:
+        Shape ``(..., out_features)``, float32.
+
+    Raises:
+        ValueError: If weights or inputs stay in floating point, or groups of weights have steps of their own.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_distill.quantization import QuantSpec, calibrate, prepare
+        >>> network, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(5, 4)
+        >>> layer = prepare(network, QuantSpec(weights=8, activations=8))[0]
+        >>> calibrate(network, [x])
+        >>> torch.allclose(integer_linear(layer, x), layer(x), atol=1e-5)
+        True
+    """
+    if layer.activation_bits is None:
+        raise ValueError("The layer's inputs stay in floating point: prepare it with `activations` of 2 to 8 bits.")
+    weight = integer_weight(layer).symmetric()
+    if weight.codes.shape[1] != 1:
+        raise ValueError("The layer's weights have a step per group; an integer sum needs one per output channel.")
+    scale, zero = layer.activation_scale.detach().float(), layer.activation_zero_point
+    inputs = codes_of(values.detach().float(), scale, grid_of(layer.activation_bits, "unsigned"), zero).int()
+    codes = weight.codes.squeeze(1).int()
+    products = (inputs.unsqueeze(-2) * codes).sum(dim=-1, dtype=torch.int32)
+    whole = products - zero.round().int() * codes.sum(dim=-1, dtype=torch.int32)
+    result = whole.float() * (scale * weight.scale.flatten())
+    return result if layer.bias is None else result + layer.bias.detach().float()
