@@ -31,7 +31,7 @@ class PoolMember(Member):
 
     Raises:
         ValueError: If a number is outside its range, or ``name`` is empty.
-        TypeError: If ``teacher`` is no module.
+        TypeError: If ``teacher`` is no module, or one that learns.
     """
 
     def __init__(
@@ -47,6 +47,11 @@ class PoolMember(Member):
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"The teacher {name!r} must be a network or a `Teacher`, got {type(teacher).__name__}.")
         self.teacher = teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
+        if _learns(self.teacher):
+            raise TypeError(
+                f"The teacher {name!r} is a {type(teacher).__name__} that learns in training, but the members of "
+                "a pool stay as they are. Use a frozen network, or make it the module's only teacher."
+            )
         self.tags = frozenset(tags)
 
 
@@ -187,3 +192,12 @@ class TeacherPool(Teacher):
                 "class of the student, also for those that it does not know."
             )
         self._unchecked = len(classes) < len(said)
+
+
+def _learns(teacher: Teacher) -> bool:
+    """Whether a teacher is trained, made of the student, or looks at what the student says."""
+    if isinstance(teacher, TeacherPool):
+        return teacher.choice.learned
+    return any(
+        getattr(type(teacher), name) is not getattr(Teacher, name) for name in ("see", "copies", "trained_parameters")
+    )
