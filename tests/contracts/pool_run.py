@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_distill import KD
-from lightning_distill.callbacks import AdaptToCapability
+from lightning_distill.callbacks import AdaptToCapability, PoolLog
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.teachers import (
     CachedChoice,
@@ -30,6 +30,12 @@ def choice_of(kind):
     if kind == "cached":  # drawn, and drawn again in the third epoch
         return CachedChoice(CostAwareChoice("sampled", tau=1.0, epsilon=0.2), max_uses=2)
     return DifficultyChoice((0.5, 0.6))
+
+
+def callbacks_of(kind):
+    if kind == "difficulty":
+        return [AdaptToCapability(alpha=1.0)]
+    return [PoolLog()] if kind == "log" else []
 
 
 def members():
@@ -56,7 +62,8 @@ def main(folder, kind, devices, kill_at):
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         max_epochs=3,
-        callbacks=[checkpoints, Kill(kill_at), *([AdaptToCapability(alpha=1.0)] if kind == "difficulty" else [])],
+        log_every_n_steps=10,
+        callbacks=[checkpoints, Kill(kill_at), *callbacks_of(kind)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -72,6 +79,7 @@ def main(folder, kind, devices, kill_at):
             "choice": dict(choice.named_parameters()),
             "thresholds": getattr(choice, "thresholds", None),
             "steps": trainer.global_step,
+            "log": {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("pool/")},
         },
         folder / f"final-{trainer.global_rank}.pt",
     )

@@ -1,4 +1,4 @@
-"""A training from a pool of teachers that is killed and resumed ends as if nothing had happened."""
+"""A training from a pool of teachers: killed and resumed, it ends as if nothing had happened; in two processes, too."""
 
 import os
 import signal
@@ -51,3 +51,15 @@ def test_a_killed_run_resumes_exactly(tmp_path, kind, devices):
     for part in ("student", "choice"):  # and is the same in all processes
         for name, value in finals[0][part].items():
             assert torch.equal(finals[-1][part][name], value), name
+
+
+@pytest.mark.slow
+def test_the_log_of_two_processes_is_that_of_one(tmp_path):
+    for devices in (1, 2):
+        done = run(tmp_path / str(devices), "log", devices, NEVER)
+        assert done.returncode == 0, done.stderr
+    expected = torch.load(tmp_path / "1" / "final-0.pt")["log"]
+    assert expected["pool/runs/t0"] == 1
+    assert 0 < expected["pool/share/t1"] < 1
+    for rank in range(2):
+        assert torch.load(tmp_path / "2" / f"final-{rank}.pt")["log"] == pytest.approx(expected)

@@ -76,9 +76,6 @@ class TeacherPool(Teacher):
         (('a', 'b'), [])
     """
 
-    _shares: Tensor
-    _runs: Tensor
-
     def __init__(self, members: Sequence[PoolMember], choice: Choice | None = None) -> None:
         super().__init__()
         if len(members) == 0:
@@ -92,8 +89,9 @@ class TeacherPool(Teacher):
         self.teachers = nn.ModuleList(member.teacher for member in members)
         self.choice = choice if choice is not None else AverageChoice()
         self.choice.bind(self.members)
-        for name in ("_shares", "_runs"):  # for the report only: sums since it was last read
-            self.register_buffer(name, torch.zeros(len(members), dtype=torch.float64), persistent=False)
+        # Sums since the report was last read. No buffers: DDP would overwrite them with the first process's.
+        self._shares = torch.zeros(len(members), dtype=torch.float64)
+        self._runs = torch.zeros(len(members), dtype=torch.float64)
         self._samples = 0
         self._unchecked = True
 
@@ -138,8 +136,8 @@ class TeacherPool(Teacher):
                 return None
             raise ValueError(f"The teacher {error.args[0]!r} of the pool has nothing to say in training.") from None
         if self.training:
-            self._shares += weights.detach().sum(dim=0).to(self._shares)
-            self._runs += torch.tensor(panel.runs).to(self._runs)
+            self._shares = self._shares.to(weights.device) + weights.detach().sum(dim=0)
+            self._runs += torch.tensor(panel.runs)
             self._samples += panel.size
         return mixture
 
@@ -172,9 +170,8 @@ class TeacherPool(Teacher):
 
         Of this process. :class:`~lightning_distill.callbacks.PoolLog` logs their ratios over all processes.
         """
-        sums = self._shares.clone(), self._runs.clone(), self._samples
-        self._shares.zero_()
-        self._runs.zero_()
+        sums = self._shares, self._runs.to(self._shares.device), self._samples
+        self._shares, self._runs = torch.zeros_like(self._shares), torch.zeros_like(self._runs)
         self._samples = 0
         return sums
 
