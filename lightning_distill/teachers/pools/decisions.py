@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class CachedChoice(Choice):
     batch again, and what is remembered of the others stays. Outside training nothing is remembered.
 
     The shares are in checkpoints. Each process remembers the samples that it saw, and a checkpoint holds what the first
-    process remembers; the others choose again after a resume, which gives the same shares unless the choice draws.
+    process remembers. The others then choose again where they know nothing, which gives the same shares unless the
+    choice draws or has changed meanwhile; with one process a resumed run goes on exactly.
 
     Args:
         choice: Makes the decisions; not a router, whose decisions are trained.
@@ -27,7 +29,7 @@ class CachedChoice(Choice):
 
     Raises:
         ValueError: If ``choice`` is trained or ``max_uses`` is not positive; when called in training, if the batch
-            has no index.
+            has no index or a negative one; when loaded, if the decisions are about another pool.
     """
 
     def __init__(self, choice: Choice, max_uses: int | None = None) -> None:
@@ -42,11 +44,13 @@ class CachedChoice(Choice):
         self.max_uses = max_uses
         self._shares = torch.zeros(0, 0)  # by index; on the CPU, as a data set may be large
         self._uses = torch.zeros(0, dtype=torch.int64)  # 0: unknown
+        self._names: list[str] = []
 
     def bind(self, members: Sequence[Member]) -> None:
         """Tell the choice."""
         self.choice.bind(members)
         self._shares = torch.zeros(0, len(members))
+        self._names = [member.name for member in members]
 
     @property
     def remembered(self) -> int:
@@ -64,6 +68,11 @@ class CachedChoice(Choice):
                 'tuples, or the key "index".'
             )
         index = panel.index.cpu()
+        if (least := int(index.min())) < 0:
+            raise ValueError(
+                f"`index` must not be negative, got {least}: decisions are remembered by each sample's position in the "
+                "data set."
+            )
         self._grow(int(index.max()) + 1)
         due = self._uses[index] == 0
         if self.max_uses is not None:
@@ -75,12 +84,17 @@ class CachedChoice(Choice):
         self._uses[index] += 1
         return self._shares[index].to(panel.device)
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The decisions, for the checkpoint."""
-        return {"shares": self._shares.clone(), "uses": self._uses.clone()}
+    def get_extra_state(self) -> dict[str, Any]:
+        """The decisions, and about whom, for the checkpoint."""
+        return {"shares": self._shares.clone(), "uses": self._uses.clone(), "names": list(self._names)}
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Put :meth:`get_extra_state` back."""
+        if state["names"] != self._names:
+            raise ValueError(
+                f"The checkpoint remembers decisions among the teachers {state['names']}, but the pool has "
+                f"{self._names}. Use the same members in the same order, or start a new training."
+            )
         self._shares, self._uses = state["shares"].cpu().clone(), state["uses"].cpu().clone()
 
     def _grow(self, size: int) -> None:

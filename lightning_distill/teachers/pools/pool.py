@@ -31,7 +31,7 @@ class PoolMember(Member):
 
     Raises:
         ValueError: If a number is outside its range, or ``name`` is empty.
-        TypeError: If ``teacher`` is no module.
+        TypeError: If ``teacher`` is no module, or one that learns.
     """
 
     def __init__(
@@ -47,6 +47,11 @@ class PoolMember(Member):
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"The teacher {name!r} must be a network or a `Teacher`, got {type(teacher).__name__}.")
         self.teacher = teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
+        if _learns(self.teacher):
+            raise TypeError(
+                f"The teacher {name!r} is a {type(teacher).__name__} that learns in training, but the members of "
+                "a pool stay as they are. Use a frozen network, or make it the module's only teacher."
+            )
         self.tags = frozenset(tags)
 
 
@@ -71,9 +76,6 @@ class TeacherPool(Teacher):
         (('a', 'b'), [])
     """
 
-    _shares: Tensor
-    _runs: Tensor
-
     def __init__(self, members: Sequence[PoolMember], choice: Choice | None = None) -> None:
         super().__init__()
         if len(members) == 0:
@@ -87,8 +89,9 @@ class TeacherPool(Teacher):
         self.teachers = nn.ModuleList(member.teacher for member in members)
         self.choice = choice if choice is not None else AverageChoice()
         self.choice.bind(self.members)
-        for name in ("_shares", "_runs"):  # for the report only: sums since it was last read
-            self.register_buffer(name, torch.zeros(len(members), dtype=torch.float64), persistent=False)
+        # Sums since the report was last read. No buffers: DDP would overwrite them with the first process's.
+        self._shares = torch.zeros(len(members), dtype=torch.float64)
+        self._runs = torch.zeros(len(members), dtype=torch.float64)
         self._samples = 0
         self._unchecked = True
 
@@ -133,8 +136,8 @@ class TeacherPool(Teacher):
                 return None
             raise ValueError(f"The teacher {error.args[0]!r} of the pool has nothing to say in training.") from None
         if self.training:
-            self._shares += weights.detach().sum(dim=0).to(self._shares)
-            self._runs += torch.tensor(panel.runs).to(self._runs)
+            self._shares = self._shares.to(weights.device) + weights.detach().sum(dim=0)
+            self._runs += torch.tensor(panel.runs)
             self._samples += panel.size
         return mixture
 
@@ -167,9 +170,8 @@ class TeacherPool(Teacher):
 
         Of this process. :class:`~lightning_distill.callbacks.PoolLog` logs their ratios over all processes.
         """
-        sums = self._shares.clone(), self._runs.clone(), self._samples
-        self._shares.zero_()
-        self._runs.zero_()
+        sums = self._shares, self._runs.to(self._shares.device), self._samples
+        self._shares, self._runs = torch.zeros_like(self._shares), torch.zeros_like(self._runs)
         self._samples = 0
         return sums
 
@@ -187,3 +189,12 @@ class TeacherPool(Teacher):
                 "class of the student, also for those that it does not know."
             )
         self._unchecked = len(classes) < len(said)
+
+
+def _learns(teacher: Teacher) -> bool:
+    """Whether a teacher is trained, made of the student, or looks at what the student says."""
+    if isinstance(teacher, TeacherPool):
+        return teacher.choice.learned
+    return any(
+        getattr(type(teacher), name) is not getattr(Teacher, name) for name in ("see", "copies", "trained_parameters")
+    )

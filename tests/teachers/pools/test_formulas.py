@@ -145,6 +145,15 @@ def test_the_mixture_s_loss_and_its_gradient():
     torch.testing.assert_close(mixture_nll(route(logits), members, soft), hard)
 
 
+def test_what_a_teacher_without_a_share_would_say_does_not_count():
+    members = torch.tensor([[[-1e4, 0.0]], [[-1e4, 0.0]], [[0.0, -1e4]]])  # the third one was not run
+    logits = torch.tensor([[1.0, 0.0, -5.0]], requires_grad=True)
+    found = mixture_nll(route(logits, top_k=2), members, torch.tensor([0]))
+    torch.testing.assert_close(found, torch.tensor([1e4]))
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    torch.testing.assert_close(gradient, torch.zeros(1, 3))  # both say the same, so no share is better
+
+
 @pytest.mark.chapter("C36", api="lightning_distill.diagnostics.pairing_report")
 @pytest.mark.erratum("ERR-54")
 def test_a_choice_may_be_worse_than_the_best_single_teacher(golden):

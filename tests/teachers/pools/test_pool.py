@@ -15,6 +15,7 @@ from lightning_distill.teachers import (
     CascadeChoice,
     CostAwareChoice,
     DifficultyChoice,
+    EMATeacher,
     PoolMember,
     RouterLoss,
     ScoredChoice,
@@ -181,6 +182,19 @@ def test_decisions_are_remembered_by_sample_and_survive_a_checkpoint():
         pool((x, y), TASK)
 
 
+def test_decisions_among_other_teachers_are_refused():
+    pool = TeacherPool(members(), CachedChoice(ScoredChoice("hard"))).train()
+    pool(batch(5), TASK)
+    state = pool.state_dict()
+    for others in (members(2), members()[::-1]):
+        other = TeacherPool(others, CachedChoice(ScoredChoice("hard")))
+        with pytest.raises(ValueError, match=r"decisions among the teachers \['t0', 't1', 't2'\], but the pool has"):
+            other.load_state_dict(state)
+    x, y, i = batch(5)
+    with pytest.raises(ValueError, match="`index` must not be negative, got -1"):
+        pool((x, y, i - 1), TASK)
+
+
 def test_old_decisions_are_made_anew():
     pool = TeacherPool(members(), CachedChoice(AverageChoice(), max_uses=2)).train()
     calls = []
@@ -188,6 +202,16 @@ def test_old_decisions_are_made_anew():
     for _ in range(5):
         pool(batch(3), TASK)
     assert len(calls) == 3
+
+
+def test_a_pool_may_be_a_member():
+    inner = TeacherPool(members(2), ScoredChoice("hard", beta=0.0))
+    pool, (x, y, i) = TeacherPool([PoolMember("inner", inner), *members(3)[2:]]), batch()
+    said = pool((x, y, i), TASK)
+    expected = (
+        inner((x, y, i), TASK).logits.softmax(-1) + pool.members[1].teacher((x, y, i), TASK).logits.softmax(-1)
+    ) / 2
+    torch.testing.assert_close(said.logits.exp(), expected)
 
 
 def specialists():
@@ -350,6 +374,8 @@ REFUSED = {
     "cost": (lambda: PoolMember(*ONE, cost=-1.0), ValueError, "`cost` of the teacher 'a' must be finite and not negative"),
     "accuracy": (lambda: PoolMember(*ONE, accuracy=90), ValueError, r"`accuracy` of the teacher 'a' must be in \[0, 1\], got 90"),
     "name": (lambda: PoolMember("", ONE[1]), ValueError, "`name` must be a string that is not empty"),
+    "average": (lambda: PoolMember("a", EMATeacher(nn.Linear(4, 3))), TypeError, "'a' is a EMATeacher that learns in training"),
+    "inner router": (lambda: PoolMember("a", TeacherPool(members(2), TeacherRouter(nn.Linear(4, 2)))), TypeError, "'a' is a TeacherPool that learns"),
     "teacher": (lambda: PoolMember("a", "gpt2"), TypeError, "must be a network or a `Teacher`, got str"),
     "no accuracy": (lambda: TeacherPool([PoolMember(*ONE)], CostAwareChoice()), ValueError, "The teacher 'a' has no `accuracy`"),
     "thresholds": (lambda: TeacherPool([PoolMember(*ONE)], DifficultyChoice()), ValueError, "one fewer than the 1 teachers of the pool, got 2"),
