@@ -201,3 +201,21 @@ def test_another_network_or_file_is_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, str(tmp_path / "plain.safetensors"))
     with pytest.raises(ValueError, match="no packed network of version 1"):
         read_packed(Network(), tmp_path / "plain.safetensors")
+
+
+def test_a_file_with_too_few_codes_is_refused(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "packed.safetensors"
+    write_packed(trained(QuantSpec(weights=4)), path)
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors | {"head.codes": tensors["head.codes"][:-1].clone()}, str(path), metadata=header)
+    with pytest.raises(ValueError, match=r"'head' has the shape \(14,\) in the file, not \(15,\)"):
+        read_packed(Network(), path)
+    tensors.pop("head.codes")
+    save_file(tensors, str(path), metadata=header)
+    with pytest.raises(ValueError, match=r"lacks \['head\.codes'\]"):
+        read_packed(Network(), path)
