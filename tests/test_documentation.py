@@ -113,6 +113,11 @@ def test_every_printed_command_of_ours_runs(examples):
         main(line)
     assert (examples / "runs" / "teacher" / "teacher.ckpt").exists()
     assert (examples / "runs" / "kd" / "last.ckpt").exists()
+    exports = [line for line in ours if line[0] == "export"]
+    assert exports
+    for line in exports:
+        main(line)
+        assert Path(line[line.index("--path") + 1]).stat().st_size > 0
     searches = [line for line in ours if line[0] == "search"]
     assert searches
     for line in searches:
@@ -127,7 +132,7 @@ def test_every_printed_command_of_ours_runs(examples):
             comparison = Comparison.load(folder)
             assert len(comparison.runs) == 2 * len(comparison.methods)
             assert {path.name for path in Path(folder).glob("*.png")} >= {"results.png", "gain.png"}
-    known = {"fit", "compare", "cache", "search"}
+    known = {"fit", "compare", "cache", "search", "export"}
     assert {line[0] for line in ours} <= known
 
 

@@ -12,8 +12,10 @@ from lightning_distill.quantization.network import (
     quantized_layers,
     set_alpha,
     set_bits,
+    unprepare,
 )
 from lightning_distill.quantization.onnx_export import OnnxReport, export_onnx, onnx_latency, run_onnx
+from lightning_distill.quantization.packed import pack_bits, read_packed, unpack_bits, write_packed
 from lightning_distill.quantization.scales import (
     affine_scale,
     alternate_scale_and_codes,
@@ -62,8 +64,10 @@ __all__ = [
     "mse_affine_scale",
     "mse_scale",
     "onnx_latency",
+    "pack_bits",
     "prepare",
     "quantized_layers",
+    "read_packed",
     "run_onnx",
     "set_alpha",
     "set_bits",
@@ -71,5 +75,8 @@ __all__ = [
     "soft_quantized_loss",
     "soft_staircase",
     "ternary_quantize",
+    "unpack_bits",
+    "unprepare",
     "weight_quantization_error",
+    "write_packed",
 ]

@@ -67,13 +67,21 @@ class QuantizedLayer(nn.Module):
         self._weight_bits, self._closed_form = spec.weight_bits, _closed_form(spec)
         self._input_known = False
         self._inputs: list[Tensor] | None = None  # what came by, while somebody looks
-        self._hold("log_weight_scale", torch.zeros_like(self._rows(wide(self.weight.detach()))[..., :1]))
+        self._hold("log_weight_scale", torch.zeros_like(self.rows(wide(self.weight.detach()))[..., :1]))
         if self.activation_bits is not None:
             self._hold("log_activation_scale", torch.zeros((), device=self.weight.device))
             self.register_buffer("activation_zero_point", torch.zeros((), device=self.weight.device))
         if spec.gradient == "dsq":
             self.log_sharpness = nn.Parameter(torch.zeros((), device=self.weight.device))
         self.calibrate_weight()
+
+    def become_plain(self) -> None:
+        """Be the layer that it was before, with its weights in floating point."""
+        for name in STEPS:
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+        plain = {quantized: kind for kind, quantized in QUANTIZED.items()}
+        self.__class__ = plain[type(self)]  # type: ignore[assignment]
 
     # The weight.
 
@@ -126,13 +134,13 @@ class QuantizedLayer(nn.Module):
         """Set the steps of the weights to those of the least squared error."""
         with torch.no_grad():
             if (scale := self._present_scale()) is None:
-                scale = mse_scale(self._rows(self.weight), self.weight_grid) if self.weight_bits <= 8 else None
+                scale = mse_scale(self.rows(self.weight), self.weight_grid) if self.weight_bits <= 8 else None
             if scale is not None:
                 self.log_weight_scale.copy_(scale.clamp_min(SMALLEST_SCALE).log())
 
     def quantized_weight(self) -> Tensor:
         """The weights rounded to their levels, in their shape and dtype; differentiable."""
-        rows = self._quantized_rows(self._rows(self.weight), self.weight_scale)
+        rows = self._quantized_rows(self.rows(self.weight), self.weight_scale)
         return rows.reshape(self.weight.shape)
 
     def effective_scale(self) -> Tensor:
@@ -143,7 +151,7 @@ class QuantizedLayer(nn.Module):
 
     def _present_scale(self) -> Tensor | None:
         """The steps, where they follow from the weights."""
-        rows = self._rows(wide(self.weight))
+        rows = self.rows(wide(self.weight))
         if self._closed_form is not None:  # two levels at half a step are one step apart
             return 2 * binary_quantize(rows)[1] if self._closed_form == "binary" else ternary_quantize(rows)[1]
         if self.spec.scheme == "minmax" and self.weight_bits <= 8:
@@ -173,7 +181,7 @@ class QuantizedLayer(nn.Module):
             return _unused(self.weight, self._learned())
         return blend(self.weight, self.quantized_weight(), self.alpha)
 
-    def _rows(self, weight: Tensor) -> Tensor:
+    def rows(self, weight: Tensor) -> Tensor:
         """``weight`` as ``(channels, groups, weights)``; each group has one step."""
         if self.spec.granularity == "tensor":
             return weight.reshape(1, 1, -1)
@@ -320,7 +328,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         vectors = nn.Embedding.forward(self, input)
         if self.alpha == 0:
             return _unused(vectors, self._learned())
-        rows = vectors.reshape(-1, *self._rows(self.weight[:1]).shape[1:])
+        rows = vectors.reshape(-1, *self.rows(self.weight[:1]).shape[1:])
         scale = self.weight_scale[input.reshape(-1)]
         return blend(vectors, self._quantized_rows(rows, scale).reshape(vectors.shape), self.alpha)
 

@@ -152,6 +152,19 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+def unprepare(model: Network) -> Network:
+    """Take the quantization of ``model`` off, in place: its layers are what they were, with weights in floating point.
+
+    Fused inference of transformer blocks, which :func:`prepare` has switched off, stays off.
+
+    Returns:
+        ``model``.
+    """
+    for layer in quantized_layers(model).values():
+        layer.become_plain()
+    return model
+
+
 def set_alpha(model: nn.Module, alpha: float) -> None:
     """How much of the quantization of ``model`` is in force; see :func:`~lightning_distill.quantization.blend`.
 
@@ -162,6 +175,23 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
         raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
     for layer in quantized_layers(model).values():
         layer.alpha = alpha
+
+
+def require_in_force(model: nn.Module) -> None:
+    """Refuse a network whose layers do not quantize in full.
+
+    Raises:
+        ValueError: If layers were not calibrated, or their quantization is not wholly in force.
+    """
+    layers = quantized_layers(model)
+    if unknown := [name for name, layer in layers.items() if not layer.is_calibrated]:
+        raise ValueError(
+            f"The ranges of what the layers {unknown} read are not known. Call `calibrate(model, batches)` first."
+        )
+    if partly := [name for name, layer in layers.items() if layer.alpha != 1 or not layer.enabled]:
+        raise ValueError(
+            f"The layers {partly} are not wholly quantized. Call `set_alpha(model, 1.0)`, and leave `full_precision`."
+        )
 
 
 def _run(model: nn.Module, batch: Any) -> Any:

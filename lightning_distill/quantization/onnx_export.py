@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.modes import inference
-from lightning_distill.quantization.network import quantized_layers
+from lightning_distill.quantization.network import quantized_layers, require_in_force
 from lightning_distill.quantization.onnx_graph import Graph, fold_batch_norms, quantize_convolution_biases
 from lightning_distill.quantization.onnx_layers import OPSET, to_onnx_layer
 
@@ -210,15 +210,7 @@ def _call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _check(model: nn.Module) -> None:
-    layers = quantized_layers(model)
-    if unknown := [name for name, layer in layers.items() if not layer.is_calibrated]:
-        raise ValueError(
-            f"The ranges of what the layers {unknown} read are not known. Call `calibrate(model, batches)` first."
-        )
-    if partly := [name for name, layer in layers.items() if layer.alpha != 1 or not layer.enabled]:
-        raise ValueError(
-            f"The layers {partly} are not wholly quantized. Call `set_alpha(model, 1.0)`, and leave `full_precision`."
-        )
+    require_in_force(model)
     kinds = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
     if kinds - {torch.float32}:
         raise ValueError(
