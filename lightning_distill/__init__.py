@@ -16,9 +16,12 @@ if TYPE_CHECKING:
         DeepSupervision,
         DistillationModule,
         FeatureKD,
+        ProgressiveStage,
+        QADModule,
         StochasticDepthSelfKD,
     )
     from lightning_distill.outputs import Outputs, Step
+    from lightning_distill.pipeline import Pipeline, Stage
     from lightning_distill.tasks import CausalLM, Classification, Regression, SequenceClassification, Task
 
 __version__ = "0.1.0.dev0"
@@ -31,8 +34,11 @@ _ROOMS = {
         "DeepSupervision",
         "DistillationModule",
         "FeatureKD",
+        "ProgressiveStage",
+        "QADModule",
         "StochasticDepthSelfKD",
     ),
+    "lightning_distill.pipeline": ("Pipeline", "Stage"),
     "lightning_distill.outputs": ("Outputs", "Step"),
     "lightning_distill.tasks": ("CausalLM", "Classification", "Regression", "SequenceClassification", "Task"),
 }
@@ -49,8 +55,12 @@ __all__ = [
     "Experiment",
     "FeatureKD",
     "Outputs",
+    "Pipeline",
+    "ProgressiveStage",
+    "QADModule",
     "Regression",
     "SequenceClassification",
+    "Stage",
     "Step",
     "StochasticDepthSelfKD",
     "Task",

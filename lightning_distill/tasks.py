@@ -19,6 +19,7 @@ from lightning_distill.losses.term import Term
 from lightning_distill.metrics import Accuracy, Agreement, Fidelity, NegativeLogLikelihood
 from lightning_distill.modes import inference
 from lightning_distill.outputs import UNLABELLED, Outputs
+from lightning_distill.pretrained import load_pretrained
 from lightning_distill.sharding import inside
 
 INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values")
@@ -179,10 +180,7 @@ class Classification(Task):
 
     def load(self, name: str) -> nn.Module:
         """An image classifier by Hugging Face name or local path."""
-        from transformers import AutoModelForImageClassification
-
-        network: nn.Module = AutoModelForImageClassification.from_pretrained(name)
-        return network
+        return load_pretrained("AutoModelForImageClassification", name)
 
     def hard_term(self) -> Term:
         """Cross-entropy with ``label_smoothing``."""
@@ -270,10 +268,7 @@ class SequenceClassification(Classification):
 
     def load(self, name: str) -> nn.Module:
         """A sequence classifier by Hugging Face name or local path."""
-        from transformers import AutoModelForSequenceClassification
-
-        network: nn.Module = AutoModelForSequenceClassification.from_pretrained(name)
-        return network
+        return load_pretrained("AutoModelForSequenceClassification", name)
 
 
 class CausalLM(Task):
@@ -348,10 +343,7 @@ class CausalLM(Task):
 
     def load(self, name: str) -> nn.Module:
         """A causal language model by Hugging Face name or local path."""
-        from transformers import AutoModelForCausalLM
-
-        network: nn.Module = AutoModelForCausalLM.from_pretrained(name)
-        return network
+        return load_pretrained("AutoModelForCausalLM", name)
 
     def hard_term(self) -> Term:
         """Cross-entropy of the next token."""

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -395,6 +396,27 @@ def test_models_are_loaded_from_a_folder_and_trained(make, tmp_path, make_traine
     again = type(make()).from_pretrained(tmp_path / "exported").eval()
     batch = language_batch()
     torch.testing.assert_close(again(**batch).loss, exported(**batch).loss)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_an_adapter_s_folder_gives_its_base_under_the_adapter(tmp_path, make_trainer):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    llama(seed=1).save_pretrained(base)
+    peft.get_peft_model(CausalLM().load(str(base)), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    module = KD(str(adapter), str(base), task=CausalLM())
+    assert isinstance(module.student, peft.PeftModel)
+    trained = {name for name, parameter in module.student.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    make_trainer(max_epochs=1).fit(module, DataLoader([language_batch()], batch_size=None))
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"adapter without its base, which it says is '.*base'\. Bring"):
+        KD(str(adapter), alpha=1.0, task=CausalLM())
+    with pytest.raises(FileNotFoundError, match=r"There is no model '.*base', neither a folder nor on the hub"):
+        KD(str(base), alpha=1.0, task=CausalLM())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((OSError, ValueError), match=r"empty"):
+        KD(str(tmp_path / "empty"), alpha=1.0, task=CausalLM())
 
 
 def classifier(kind, seed=0, width=16):

@@ -5,19 +5,21 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lightning_distill"
 FLOORS = [
-    {"compatibility", "curriculum", "difficulty", "hardware", "measuring", "modes", "networks", "packages",
+    {"compatibility", "curriculum", "difficulty", "files", "measuring", "modes", "networks", "packages", "pretrained",
      "sharding", "stochastic_depth", "top_k", "transformers_taps"},
     {"adapters", "deferred", "outputs", "taps"},
     {"layer_maps", "losses", "rules"},
     {"temperature", "weighting"},
     {"metrics", "sample_difficulty", "selection"},
     {"tasks"},
-    {"compression", "diagnostics", "embedding", "export", "nbest"},
+    {"compression", "diagnostics", "embedding", "export", "nbest", "quantization", "residual"},
+    {"bit_search", "hardware", "recovery"},
     {"decoding", "teachers"},
+    {"stages"},
     {"modules"},
     {"callbacks", "datamodules"},
     {"caching", "comparison"},
-    {"search"},
+    {"pipeline", "search"},
     {"cli"},
 ]  # fmt: skip
 

@@ -163,13 +163,15 @@ class CacheWriter(BasePredictionWriter):
     def _keep(self, outputs: Outputs) -> TopK | Tensor:
         """What is stored of the outputs; runs where the teacher runs, under its precision."""
         if self.kind == "hidden":
-            if outputs.hidden is None or not isinstance(outputs.head, nn.Linear):
+            head = outputs.head
+            plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+            if outputs.hidden is None or not isinstance(head, nn.Linear) or not plain:
                 raise ValueError(
                     "`kind='hidden'` needs a teacher whose logits are a linear layer over its last hidden state, as "
                     "`task=CausalLM()` finds them in most language models; this one gives logits. Use 'top_k' or "
                     "'dense'."
                 )
-            self._head = outputs.head
+            self._head = head
             return outputs.hidden
         if self.kind == "dense":
             return outputs.logits[..., : self.vocabulary]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import nn
 
 from lightning_distill.export import standalone, write_network
 from lightning_distill.modules import DistillationModule
@@ -25,13 +26,14 @@ class PublishStudent(L.Callback):
         folder: Where; made if it is not there.
         every_n_steps: Optimizer steps between two versions, at least 1.
         keep: How many versions stay, at least 2: a reader may just be reading the one before.
+        last: Whether to publish, and declare the last, what there is at the end of the training.
 
     Raises:
         ValueError: If an argument is outside its range.
         TypeError: At the start of the training, if the module is no ``DistillationModule``.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 100, keep: int = 2) -> None:
+    def __init__(self, folder: str, every_n_steps: int = 100, keep: int = 2, last: bool = True) -> None:
         if not every_n_steps >= 1:
             raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
         if not keep >= 2:
@@ -39,6 +41,7 @@ class PublishStudent(L.Callback):
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self.last = last
         self._published = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -60,20 +63,34 @@ class PublishStudent(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Publish the last version, and say that it is the last."""
-        self._publish(trainer, pl_module, finished=True)
+        if self.last:
+            self._publish(trainer, pl_module, finished=True)
 
     def _publish(self, trainer: L.Trainer, module: L.LightningModule, *, finished: bool) -> None:
         self._published = trainer.global_step
         if not trainer.is_global_zero:
             return
         assert isinstance(module, DistillationModule)
-        file = self.folder / f"student-{trainer.global_step:09d}.safetensors"
         with module.untapped() as student:
             network = standalone(student)
-        write_network(network, file, overwrite=True)
-        latest = {"file": file.name, "step": trainer.global_step, "finished": finished}
-        draft = self.folder / f".{LATEST}-{os.getpid()}"
-        draft.write_text(json.dumps(latest))
-        os.replace(draft, self.folder / LATEST)
-        for old in published(self.folder)[: -self.keep]:
-            old.unlink(missing_ok=True)
+        publish(network, self.folder, trainer.global_step, finished=finished, keep=self.keep)
+
+
+def publish(network: nn.Module, folder: Path, step: int, *, finished: bool, keep: int = 2) -> None:
+    """Write a version of ``network`` for :class:`~lightning_distill.teachers.FollowedTeacher` to find.
+
+    Args:
+        network: As it will be read.
+        folder: Of all versions.
+        step: Optimizer steps of its training; its number.
+        finished: Whether it is the last version.
+        keep: How many versions stay.
+    """
+    file = folder / f"student-{step:09d}.safetensors"
+    write_network(network, file, overwrite=True)
+    latest = {"file": file.name, "step": step, "finished": finished}
+    draft = folder / f".{LATEST}-{os.getpid()}"
+    draft.write_text(json.dumps(latest))
+    os.replace(draft, folder / LATEST)
+    for old in published(folder)[:-keep]:
+        old.unlink(missing_ok=True)

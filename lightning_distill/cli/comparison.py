@@ -132,18 +132,20 @@ def experiment_parser() -> LightningArgumentParser:
     return parser
 
 
-def parse_method(parser: LightningArgumentParser, name: str, configuration: Mapping[str, Any]) -> Namespace:
+def parse_method(
+    parser: LightningArgumentParser, name: str, configuration: Mapping[str, Any], *, kind: str = "method"
+) -> Namespace:
     """``configuration`` as ``parser`` understands it.
 
     Raises:
-        ValueError: If it is not valid; the message says that it is the method ``name``.
+        ValueError: If it is not valid; the message says that it is the method (or other ``kind``) ``name``.
     """
     if unknown := [key for key in configuration if key not in PARTS]:
-        raise ValueError(f"The method {name!r} has the keys {unknown}; expected {', '.join(PARTS)}.")
+        raise ValueError(f"The {kind} {name!r} has the keys {unknown}; expected {', '.join(PARTS)}.")
     try:
         parsed: Namespace = parser.parse_object(dict(configuration))
     except Exception as error:  # jsonargparse raises its own and argparse's errors
-        raise ValueError(f"The configuration of the method {name!r} is not valid: {error}") from error
+        raise ValueError(f"The configuration of the {kind} {name!r} is not valid: {error}") from error
     return parsed
 
 

@@ -19,7 +19,7 @@ from lightning_distill.cli.comparison import (
 )
 from lightning_distill.cli.unparsed import Unparsed
 from lightning_distill.comparison import Experiment
-from lightning_distill.comparison.files import write_text
+from lightning_distill.files import write_text
 
 if TYPE_CHECKING:
     from lightning_distill.search import Parameter, Search

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import torch
 
-from lightning_distill.comparison.files import RESULTS, TABLE, read_json, run_folder, write_json, write_text
+from lightning_distill.comparison.files import RESULTS, TABLE, run_folder
 from lightning_distill.comparison.runs import run_history
 from lightning_distill.comparison.statistics import (
     NAN,
@@ -24,6 +24,7 @@ from lightning_distill.comparison.statistics import (
     mean_interval,
     paired_gain,
 )
+from lightning_distill.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
-import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from lightning_distill.files import changes_between, read_json, write_json
 
 CONFIGURATION = "configuration.json"
 RESULTS = "results.json"
@@ -60,24 +60,6 @@ def student_path(folder: str | Path, name: str, seed: int | None = None) -> Path
     return run_folder(folder, name, seed) / "student.safetensors"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that a reader sees the old file or the new one; numbers that are not finite become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def open_folder(
     folder: Path, names: Iterable[str], configuration: Mapping[str, Any] | None = None, *, fresh: bool = False
 ) -> str:
@@ -109,7 +91,7 @@ def open_folder(
         clear(folder)
     if path.exists():
         stored = read_json(path)
-        changes = list(_changes(stored["configuration"], described))
+        changes = list(changes_between(stored["configuration"], described, open_ended=("methods",)))
         if changes:
             raise ValueError(
                 f"The runs in {folder} were trained with another configuration: {'; '.join(changes)}. Delete them and "
@@ -147,34 +129,3 @@ def clear(folder: Path) -> None:
     for name in (RESULTS, TABLE, *PLOTS):
         (folder / name).unlink(missing_ok=True)
     (folder / CONFIGURATION).unlink()  # last, so that an interrupted deletion can be repeated
-
-
-def _changes(before: Any, after: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Readable differences between two JSON values."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for key in [*before, *(key for key in after if key not in before)]:
-            if path == ("methods",) and (key not in before or key not in after):
-                continue  # a method more or less leaves the runs of the others as they are
-            yield from _changes(before.get(key, _MISSING), after.get(key, _MISSING), (*path, key))
-    elif before != after:
-        yield f"`{'.'.join(path)}` was {_shown(before)}, is {_shown(after)}"
-
-
-_MISSING = object()
-
-
-def _shown(value: Any) -> str:
-    if value is _MISSING:
-        return "missing"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from lightning_distill.comparison.callbacks import LastCheckpoint, ReportFraction
-from lightning_distill.comparison.files import read_json, write_json
 from lightning_distill.comparison.quiet import quiet_lightning
+from lightning_distill.files import read_json, write_json
 
 OWNED = ("logger", "default_root_dir", "enable_checkpointing")
 RESULT = "result.json"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_distill.compatibility import check_context
+from lightning_distill.compatibility import check_reader
 from lightning_distill.datamodules.columns import Columns, load_dataset, read_dataset, read_files
 from lightning_distill.datamodules.samplers import ResumableDataModule, ResumableLoader, check_seed
 from lightning_distill.datamodules.tensors import own_generator, pass_through
@@ -174,13 +174,13 @@ class _ShortTexts(ResumableDataModule):
         return len(self.parts.train.rows)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the texts, once, and refuse models that cannot read texts of this length."""
+        """Load the texts, once, and refuse models that cannot read them."""
         super().setup(stage)
         self._load()
         module: Any = None if self.trainer is None else self.trainer.lightning_module
         for network in (getattr(module, "student", None), getattr(getattr(module, "teacher", None), "network", None)):
             if network is not None:
-                check_context(network, self.max_length)
+                check_reader(network, self.tokenizer, self.max_length)
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of texts of like length, in another order in every epoch; the last may be smaller."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_distill.compatibility import check_context
+from lightning_distill.compatibility import check_reader
 from lightning_distill.datamodules.disk_cache import cached
 from lightning_distill.datamodules.samplers import ResumableDataModule, ResumableLoader, check_seed
 from lightning_distill.datamodules.tensors import own_generator, pass_through
@@ -172,13 +172,13 @@ class TextDataModule(ResumableDataModule):
         self._load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the sequences, once, and refuse models that cannot read sequences of this length."""
+        """Load the sequences, once, and refuse models that cannot read them."""
         super().setup(stage)
         self._load()
         module: Any = None if self.trainer is None else self.trainer.lightning_module
         for network in (getattr(module, "student", None), getattr(getattr(module, "teacher", None), "network", None)):
             if network is not None:
-                check_context(network, self.length)
+                check_reader(network, self.tokenizer, self.length)
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training set, shuffled anew in every epoch; the last may be smaller."""

@@ -10,7 +10,7 @@ from lightning_distill.layer_maps.choices import (
     uniform_map,
 )
 from lightning_distill.layer_maps.layer_map import LayerMap, explicit_map
-from lightning_distill.layer_maps.measure import LayerMeasurements, measure_layers
+from lightning_distill.layer_maps.measure import KeepBy, LayerMeasurements, choose_layers, measure_layers
 from lightning_distill.layer_maps.pairs import MapName, named_pairs
 from lightning_distill.layer_maps.scores import (
     cka_similarity,
@@ -22,6 +22,7 @@ from lightning_distill.layer_maps.scores import (
 from lightning_distill.layer_maps.shorten import Shortening, architecture_plan, build_student, find_stack
 
 __all__ = [
+    "KeepBy",
     "LayerMap",
     "LayerMeasurements",
     "MapName",
@@ -29,6 +30,7 @@ __all__ = [
     "all_map",
     "architecture_plan",
     "build_student",
+    "choose_layers",
     "cka_map",
     "cka_similarity",
     "explicit_map",

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.layer_maps.choices import cka_map, importance_map, monotone_map
+from lightning_distill.layer_maps.choices import cka_map, importance_map, monotone_map, uniform_map
 from lightning_distill.layer_maps.layer_map import LayerMap
 from lightning_distill.layer_maps.scores import cka_similarity, fitted_cost, knowledge_density, taylor_importance
 from lightning_distill.layer_maps.shorten import find_stack
@@ -19,6 +20,7 @@ from lightning_distill.modes import inference
 from lightning_distill.outputs import Outputs, Step
 
 BatchLoss = Callable[[Outputs, Any], Tensor]
+KeepBy = Literal["uniform", "importance", "density"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,70 @@ def measure_layers(
         density=torch.stack(densities).mean(dim=0) if densities else None,
         importance=torch.stack(importances).mean(dim=0) if importances else None,
     )
+
+
+def choose_layers(
+    network: nn.Module,
+    count: int,
+    by: KeepBy = "uniform",
+    *,
+    loader: Iterable[Any] | None = None,
+    task: Any = None,
+    stack: str | None = None,
+    batches: int = 8,
+    channel_dim: int | None = None,
+    loss: BatchLoss | None = None,
+) -> tuple[int, ...]:
+    """Which layers of ``network`` a shorter copy of it keeps; :func:`build_student` makes the copy.
+
+    * ``"uniform"``: evenly spaced ones, the last among them; needs no data;
+    * ``"importance"``: those on which the network's own loss depends most (:func:`taylor_importance`);
+    * ``"density"``: those that change their input most (:func:`knowledge_density`, relative to the input).
+
+    Args:
+        network: Its weights, mode and the random state stay as they are.
+        count: How many, from 1 to all of them.
+        by: See above.
+        loader: Batches to measure on; for ``"uniform"`` not read.
+        task: How a batch is read, a :class:`~lightning_distill.tasks.Task`; for ``"uniform"`` not used.
+        stack: Path of the list of layers; by default :func:`find_stack` looks for it.
+        batches: How many batches are measured.
+        channel_dim: See :func:`measure_layers`.
+        loss: See :func:`measure_layers`.
+
+    Returns:
+        Ascending numbers of layers, counted from 1.
+
+    Raises:
+        ValueError: If ``count`` or ``by`` is outside its range, there is nothing to measure on, or the layers cannot be
+            scored so.
+
+    Example:
+        >>> blocks = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+        >>> choose_layers(nn.ModuleDict({"blocks": blocks}), 3)
+        (2, 4, 6)
+    """
+    if by not in ("uniform", "importance", "density"):
+        raise ValueError(f"`by` must be 'uniform', 'importance' or 'density', got {by!r}.")
+    path = find_stack(network) if stack is None else stack
+    depth = len(list(network.get_submodule(path).children()))
+    if not 1 <= count <= depth:
+        raise ValueError(f"The network has {depth} layers in {path!r}, so from 1 to {depth} can be kept, got {count}.")
+    if by == "uniform":
+        return uniform_map(count, depth).teacher
+    if loader is None or task is None:
+        raise ValueError(f"`by={by!r}` measures the layers on data: pass `loader` and `task`, or use 'uniform'.")
+    layers = [f"{path}.{name}" for name, _ in network.get_submodule(path).named_children()]
+    both = SimpleNamespace(student=network, teacher=SimpleNamespace(network=network), task=task)
+    options: Any = {"batches": batches, "channel_dim": channel_dim, "loss": loss}
+    measured = measure_layers(both, loader, rows=1, student_layers=layers, teacher_layers=layers, **options)
+    scores, missing = {
+        "importance": (measured.importance, "the batches have no labels"),
+        "density": (measured.density, "they change the shape of their input"),
+    }[by]
+    if scores is None:
+        raise ValueError(f"The layers have no {by}: {missing}. Use another `by`.")
+    return importance_map(scores, count, name=by).teacher
 
 
 def _modules(network: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from lightning_distill.losses.auxiliary_heads import AuxiliaryHeads, auxiliary_h
 from lightning_distill.losses.big_vocabulary import (
     FusedLoss,
     KDItems,
+    fused_linear_cross_entropy,
     fused_linear_kd,
     fused_linear_kd_items,
     sparse_kd,
@@ -58,8 +59,9 @@ from lightning_distill.losses.embeddings import (
     pair_similarity,
     similarity_matching,
 )
+from lightning_distill.losses.ensemble_targets import EnsembleTargets, mean_kl_divergence
 from lightning_distill.losses.features import FeatureMatching
-from lightning_distill.losses.fused import FusedKD
+from lightning_distill.losses.fused import FusedCrossEntropy, FusedKD
 from lightning_distill.losses.items import per_item
 from lightning_distill.losses.language_modelling import (
     AdaptiveTokenWeight,
@@ -127,9 +129,11 @@ __all__ = [
     "CrossTaskTargets",
     "Decorrelation",
     "EmbeddingDistance",
+    "EnsembleTargets",
     "EntropyTokenWeight",
     "FeatureAlignment",
     "FeatureMatching",
+    "FusedCrossEntropy",
     "FusedKD",
     "FusedLoss",
     "HierarchicalContext",
@@ -182,6 +186,7 @@ __all__ = [
     "deep_supervision_loss",
     "effective_share",
     "embedding_distance",
+    "fused_linear_cross_entropy",
     "fused_linear_kd",
     "fused_linear_kd_items",
     "head_tier",
@@ -195,6 +200,7 @@ __all__ = [
     "kl_divergence",
     "layerwise_kd",
     "lipschitz_penalty",
+    "mean_kl_divergence",
     "mixup",
     "non_target_divergence",
     "pair_similarity",

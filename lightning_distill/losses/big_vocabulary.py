@@ -5,16 +5,17 @@ losses here read hidden states and output layers instead, go over a chunk of tok
 chunk into their gradient in place. What takes memory is the gradient of the output layer, that of the hidden states,
 and two tiles of logits; in time there is little but the matrix products.
 
-==============================  =================================  ==========================  ===============
-function                        teacher                            gradient                    matrix products
-==============================  =================================  ==========================  ===============
-:func:`fused_linear_kd`         hidden states and output layer     computed with the value     4
-:func:`sparse_kd`               top-k probabilities, from a cache  computed with the value     3
-:func:`fused_linear_kd_items`   hidden states and output layer     recomputed in ``backward``  6
-:func:`sparse_kd_items`         top-k probabilities, from a cache  recomputed in ``backward``  4
-==============================  =================================  ==========================  ===============
+==================================  =================================  ==========================  ===============
+function                            teacher                            gradient                    matrix products
+==================================  =================================  ==========================  ===============
+:func:`fused_linear_kd`             hidden states and output layer     computed with the value     4
+:func:`sparse_kd`                   top-k probabilities, from a cache  computed with the value     3
+:func:`fused_linear_cross_entropy`  none: the control group            computed with the value     3
+:func:`fused_linear_kd_items`       hidden states and output layer     recomputed in ``backward``  6
+:func:`sparse_kd_items`             top-k probabilities, from a cache  recomputed in ``backward``  4
+==================================  =================================  ==========================  ===============
 
-The first two give one scalar and must know every weight beforehand. The ``_items`` give one value per token, to be
+The first three give one scalar and must know every weight beforehand. The ``_items`` give one value per token, to be
 weighted by anything (selective distillation, learned weights of the terms).
 
 Softmaxes and sums are computed in float32 or wider, matrix products in the dtype of autocast or else of the inputs; the
@@ -313,6 +314,56 @@ def sparse_kd_items(
         ignore_index, chunk_size,
     )  # fmt: skip
     return _items(problem)
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = UNLABELLED,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    count: float | Tensor | None = None,
+    vocabulary: int | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Cross-entropy from hidden states, as one scalar: what :func:`fused_linear_kd` is without a teacher.
+
+    For a student trained alone with a vocabulary so large that its logits would not fit: it takes no more memory than
+    its distilled twin. An item without a label adds 0 but does count, as it does in :func:`fused_linear_kd`.
+
+    Args:
+        hidden: Last hidden states, shape ``(items..., d)``; gets a gradient.
+        weight: Output layer, shape ``(V, d)``; gets a gradient unless frozen.
+        labels: Class indices, shape of the items; ``ignore_index`` where there is none.
+        ignore_index: Label of an item that has none.
+        bias: Of the output layer, shape ``(V,)``; gets a gradient.
+        mask: As all others, see :func:`fused_linear_kd`.
+        weights: Weight of each item.
+        count: What the sum is divided by.
+        vocabulary: True size, if the output layer is padded.
+        chunk_size: Items per tile.
+
+    Returns:
+        Nats, scalar in float32 or wider.
+
+    Raises:
+        ValueError: As :func:`fused_linear_kd`.
+        RuntimeError: In ``backward``, if it is called a second time.
+
+    Example:
+        >>> hidden, head = torch.zeros(2, 8, requires_grad=True), torch.nn.Linear(8, 100, bias=False)
+        >>> fused_linear_cross_entropy(hidden, head.weight, torch.tensor([3, 14]))
+        tensor(4.6052, grad_fn=<DivBackward0>)
+    """
+    _check_layer("student", hidden, weight)
+    teacher = _Teacher((None,) * 5, hidden.dtype, _true_size(vocabulary, len(weight)))
+    problem = _problem(
+        hidden, weight, bias, teacher, labels, mask, 1.0, 0.0, 0.0, True, ignore_index, chunk_size
+    )  # fmt: skip
+    return _combined(problem, 1.0, weights, count).loss
 
 
 MASK = 6

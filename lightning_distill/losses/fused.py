@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_distill.losses.big_vocabulary import fused_linear_kd
+from lightning_distill.losses.big_vocabulary import fused_linear_cross_entropy, fused_linear_kd
 from lightning_distill.losses.soft_targets import SoftTargets, check_same_shape
 from lightning_distill.losses.targets import cross_entropy
 from lightning_distill.losses.term import Term, reduce_items, teacher_outputs
@@ -94,6 +94,44 @@ class FusedKD(Term):
         return self.alpha * hard + (1 - self.alpha) * soft
 
 
+class FusedCrossEntropy(Term):
+    """Cross-entropy against the labels without the matrix of tokens times vocabulary: the control group of FusedKD.
+
+    :func:`~lightning_distill.losses.fused_linear_cross_entropy` where the student gives hidden states and an output
+    layer and its logits would take much memory; otherwise the mean of :class:`CrossEntropy` over the items that count.
+
+    Args:
+        vocabulary: True size, if the student's output layer is padded.
+        chunk_size: Tokens per chunk; by default chosen by memory.
+    """
+
+    needs_teacher = False
+
+    def __init__(self, vocabulary: int | None = None, chunk_size: int | None = None) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.chunk_size = chunk_size
+
+    def forward(self, step: Step) -> Tensor:
+        """Mean over the items that count; scalar."""
+        student = step.student
+        if step.labels is None:
+            raise ValueError("`FusedCrossEntropy` learns from labels alone, but the batch has none. Add a teacher.")
+        if not worth_fusing(student):
+            logits = student.logits[..., : self.vocabulary]
+            return reduce_items(cross_entropy(logits, step.labels), step.mask)
+        head = linear_head_of(student)
+        return fused_linear_cross_entropy(
+            _given(student.hidden),
+            head.weight,
+            step.labels,
+            bias=head.bias,
+            mask=step.mask,
+            vocabulary=self.vocabulary,
+            chunk_size=self.chunk_size,
+        )
+
+
 def worth_fusing(outputs: Outputs) -> bool:
     """Whether the logits do not exist yet and would take much memory."""
     if not unprojected(outputs):
@@ -109,7 +147,9 @@ def unprojected(outputs: Outputs) -> bool:
 def _has_linear_head(outputs: Outputs) -> bool:
     head: Any = outputs.head
     # A strategy may leave an empty weight behind until the layer itself is called (DeepSpeed's ZeRO-3).
-    return outputs.hidden is not None and isinstance(head, nn.Linear) and len(head.weight) == head.out_features
+    # A subclass that computes otherwise, such as a quantized layer, has to be called.
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    return outputs.hidden is not None and plain and len(head.weight) == head.out_features
 
 
 def linear_head_of(outputs: Outputs) -> nn.Linear:

@@ -10,6 +10,7 @@ of the hidden states and of the output layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -63,7 +64,7 @@ def linear_kd(
         hidden: Of the student, shape ``(N, d)``.
         weight: Of the student's output layer, shape ``(V, d)``.
         bias: Shape ``(V,)``.
-        teacher_hidden: Shape ``(N, d_t)``; ``None`` for a teacher that is known by ``ids`` and ``coarse``.
+        teacher_hidden: Shape ``(N, d_t)``; ``None`` for a teacher that is known by ``ids`` and ``coarse``, or for none.
         teacher_weight: Shape ``(V_t, d_t)``.
         teacher_bias: Shape ``(V_t,)``.
         ids: Kept classes, shape ``(N, k)``.
@@ -99,38 +100,45 @@ def linear_kd(
     items = torch.arange(len(hidden), device=hidden.device) if mask is None else mask.nonzero().squeeze(1)
     chunks = items.chunk(max(math.ceil(len(items) / chunk_size), 1))  # even, without a small rest
     student = _OutputLayer(weight, bias, vocabulary, dtype, len(chunks[0]))
-    teacher: _DenseTeacher | _TopKTeacher
+    teacher: _DenseTeacher | _TopKTeacher | None = None
     if teacher_hidden is not None and teacher_weight is not None:
         layer = _OutputLayer(teacher_weight, teacher_bias, vocabulary, teacher_dtype, len(chunks[0]))
         teacher = _DenseTeacher(teacher_hidden, layer, beta, skew)
-    else:
-        assert ids is not None
-        assert coarse is not None
+    elif ids is not None and coarse is not None:
         teacher = _TopKTeacher(ids, coarse.to(wide), beta)
     block_size = max(min(len(chunks[0]), _block_size(hidden.device.type, vocabulary)), 1)
-    work = hidden.new_empty(4, block_size, vocabulary, dtype=wide)
+    work = hidden.new_empty(5, block_size, vocabulary, dtype=wide)
 
     for chunk in chunks:
         inputs = hidden[chunk].to(dtype)
         tile = student.logits(inputs)
-        teacher.read(chunk)
+        if teacher is not None:
+            teacher.read(chunk)
         for start in range(0, len(chunk), block_size):
             block = slice(start, start + block_size)
-            rows = chunk[block]
-            blocks = work[:, : len(rows)]
-            t = temperature if temperatures is None else temperatures[rows, None].to(wide)
-            t2 = t**2 if scale_by_t2 else 1.0
-            soft[rows] = (t2 * teacher.compare(tile[block], block, t, blocks)).squeeze(1)
-            gradient = blocks[0]
-            if soft_scale is not None:
-                gradient.mul_(soft_scale[rows, None] * (t2 / t))
-            if labels is not None:
-                labelled = labels[rows, None] != ignore_index
-                values, by_logits = _cross_entropy(tile[block], labels[rows, None].where(labelled, 0), blocks[1:3])
-                hard[rows] = values.where(labelled, 0).squeeze(1)
-                if hard_scale is not None:
-                    gradient.addcmul_(by_logits, hard_scale[rows, None].where(labelled, 0))
-            tile[block] = gradient
+            rows, by_logits = chunk[block], tile[block]
+            shifted, *free = work[:, : len(rows)]
+            _shifted(by_logits, out=shifted)
+            gradient = None
+            if teacher is not None:
+                t = temperature if temperatures is None else temperatures[rows, None].to(wide)
+                t2 = t**2 if scale_by_t2 else 1.0
+                scale = 1.0 if soft_scale is None else soft_scale[rows, None] * (t2 / t)
+                value, gradient = teacher.compare(shifted, block, t, scale, free)
+                soft[rows] = (t2 * value).squeeze(1)
+            if labels is None:
+                assert gradient is not None  # labels or a teacher
+                by_logits.copy_(gradient)
+                continue
+            labelled = labels[rows, None] != ignore_index
+            value, q, total = _cross_entropy(shifted, labels[rows, None].where(labelled, 0), out=free[3])
+            hard[rows] = value.where(labelled, 0).squeeze(1)
+            if hard_scale is not None:
+                scale = hard_scale[rows, None].where(labelled, 0) / total
+                if gradient is None:
+                    torch.mul(q, scale, out=by_logits)
+                else:
+                    torch.addcmul(gradient, q, scale, out=by_logits)
         if needs_hidden:
             grad_hidden[chunk] = (tile @ student.weight).to(hidden.dtype)
         if needs_weight:
@@ -177,17 +185,23 @@ class _DenseTeacher:
     def __init__(self, hidden: Tensor, layer: _OutputLayer, beta: float, skew: float) -> None:
         self.hidden = hidden
         self.layer = layer
-        self.divergence = partial(_divergence, beta=beta) if skew == 0 else partial(_skewed, beta=beta, skew=skew)
+        self.divergence: Callable[[Tensor, Tensor, float | Tensor, list[Tensor]], tuple[Tensor, Tensor]]
+        if skew:
+            self.divergence = partial(_of_log_probs, partial(_skewed, beta=beta, skew=skew))
+        else:
+            self.divergence = partial(_of_log_probs, partial(_divergence, beta=beta)) if beta else _forward_kl
 
     def read(self, chunk: Tensor) -> None:
         """Compute the logits of a chunk."""
         self.logits = self.layer.logits(self.hidden[chunk].to(self.layer.weight.dtype))
 
-    def compare(self, logits: Tensor, block: slice, temperature: float | Tensor, work: Tensor) -> Tensor:
-        """Divergence ``(rows, 1)`` of a block; its gradient by the student's softened logits goes to ``work[0]``."""
-        log_q = torch.log_softmax(_softened(logits, temperature, out=work[3]), -1, out=work[0])
-        log_p = torch.log_softmax(_softened(self.logits[block], temperature, out=work[3]), -1, out=work[1])
-        return self.divergence(log_q, log_p, work[2:])
+    def compare(
+        self, shifted: Tensor, block: slice, temperature: float | Tensor, scale: float | Tensor, work: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence ``(rows, 1)`` of a block, and its gradient by the student's softened logits times ``scale``."""
+        theirs = _shifted(self.logits[block], out=work[0])
+        u, v = _softened(shifted, temperature, out=work[1]), _softened(theirs, temperature, out=work[0])
+        return self.divergence(u, v, scale, [work[1], *work[2:]])
 
 
 class _TopKTeacher:
@@ -202,20 +216,52 @@ class _TopKTeacher:
         """Fetch what is known of a chunk."""
         self.chunk = self.ids[chunk], self.coarse[chunk]
 
-    def compare(self, logits: Tensor, block: slice, temperature: float | Tensor, work: Tensor) -> Tensor:
-        """Divergence ``(rows, 1)`` of a block; its gradient by the student's softened logits goes to ``work[0]``."""
+    def compare(
+        self, shifted: Tensor, block: slice, temperature: float | Tensor, scale: float | Tensor, work: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence ``(rows, 1)`` of a block, and its gradient by the student's softened logits times ``scale``."""
         ids, log_p = (x[block] for x in self.chunk)
-        others = _softened(logits, temperature, out=work[1])
+        others = torch.mul(shifted, 1 / temperature, out=work[0])
         kept = others.gather(1, ids)
-        share = torch.softmax(others.scatter_(1, ids, NOTHING), -1, out=work[0])  # of each class in the rest
-        rest = others.amax(1, keepdim=True) - share.amax(1, keepdim=True).log()  # logsumexp of the rest
-        log_q = torch.log_softmax(torch.cat([kept, rest], dim=1), -1)
-        value = _divergence(log_q, log_p, log_q.new_empty(2, *log_q.shape), beta=self.beta)
-        share.mul_(log_q[:, -1:]).scatter_(1, ids, log_q[:, :-1])
-        return value
+        others.scatter_(1, ids, NOTHING)
+        largest = others.amax(1, keepdim=True)
+        rest = others.sub_(largest).exp_()
+        total = rest.sum(1, keepdim=True)
+        log_q = torch.log_softmax(torch.cat([kept, largest + total.log()], dim=1), -1)
+        value = _divergence(log_q, log_p, list(log_q.new_empty(2, *log_q.shape)), beta=self.beta)
+        log_q.mul_(scale)
+        return value, rest.mul_(log_q[:, -1:] / total).scatter_(1, ids, log_q[:, :-1])
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, work: Tensor, *, beta: float) -> Tensor:
+def _forward_kl(u: Tensor, v: Tensor, scale: float | Tensor, work: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Forward KL divergence ``(rows, 1)`` of softened logits that end at 0, and ``scale * (q - p)``.
+
+    Without logarithms of the probabilities: two passes less than :func:`_divergence`. ``v`` is overwritten.
+    """
+    p = torch.exp(v, out=work[1])
+    total_p = p.sum(1, keepdim=True)
+    value = _dot(p, v.sub_(u), out=v).div_(total_p)
+    q = torch.exp(u, out=work[0])
+    total_q = q.sum(1, keepdim=True)
+    value += (total_q / total_p).log()
+    return value, q.mul_(scale / total_q).addcmul_(p, -scale / total_p)
+
+
+def _of_log_probs(
+    divergence: Callable[[Tensor, Tensor, list[Tensor]], Tensor],
+    u: Tensor,
+    v: Tensor,
+    scale: float | Tensor,
+    work: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """A divergence of log-probabilities, of softened logits that end at 0, and its gradient times ``scale``."""
+    total_q, total_p = (torch.exp(x, out=work[1]).sum(1, keepdim=True) for x in (u, v))
+    log_q, log_p = torch.sub(u, total_q.log_(), out=work[0]), v.sub_(total_p.log_())
+    value = divergence(log_q, log_p, work[1:])
+    return value, log_q.mul_(scale)
+
+
+def _divergence(log_q: Tensor, log_p: Tensor, work: list[Tensor], *, beta: float) -> Tensor:
     """Generalized Jensen-Shannon divergence ``(rows, 1)``; its gradient by the softened logits replaces ``log_q``.
 
     With student ``q``, teacher ``p`` and mixture ``m`` the gradient is ``q - p`` for the forward KL divergence,
@@ -242,7 +288,7 @@ def _divergence(log_q: Tensor, log_p: Tensor, work: Tensor, *, beta: float) -> T
     return beta * from_teacher + (1 - beta) * from_student
 
 
-def _skewed(log_q: Tensor, log_p: Tensor, work: Tensor, *, beta: float, skew: float) -> Tensor:
+def _skewed(log_q: Tensor, log_p: Tensor, work: list[Tensor], *, beta: float, skew: float) -> Tensor:
     """Skewed KL divergence ``(rows, 1)``; its gradient by the softened logits replaces ``log_q``.
 
     Forward, with the mixture ``m = skew * p + (1 - skew) * q`` and the student's share ``a = (1 - skew) * q / m`` in
@@ -268,18 +314,27 @@ def _skewed(log_q: Tensor, log_p: Tensor, work: Tensor, *, beta: float, skew: fl
     return value
 
 
-def _cross_entropy(logits: Tensor, classes: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy against ``classes``, both ``(rows, 1)``, and its gradient by the logits, which lies in ``work``."""
-    log_q = torch.log_softmax(_softened(logits, 1.0, out=work[1]), -1, out=work[0])
-    value = -log_q.gather(1, classes)
-    return value, log_q.exp_().scatter_add_(1, classes, torch.full_like(value, -1.0))
+def _cross_entropy(shifted: Tensor, classes: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy against ``classes``, both ``(rows, 1)``, and its gradient but for a division by a total.
+
+    The total ``(rows, 1)`` is returned too: the division goes into what the gradient is multiplied with anyway.
+    """
+    q = torch.exp(shifted, out=out)
+    total = q.sum(1, keepdim=True)
+    value = total.log() - shifted.gather(1, classes)
+    return value, q.scatter_add_(1, classes, -total), total
 
 
-def _softened(logits: Tensor, temperature: float | Tensor, *, out: Tensor) -> Tensor:
-    """``(logits - max) / T`` in the dtype of ``out``; the maximum first, so that no difference is rounded away."""
+def _shifted(logits: Tensor, *, out: Tensor) -> Tensor:
+    """Logits minus the largest of each row, in the dtype of ``out``: their exponentials add up to 1 at least."""
     source = logits if logits.dtype == out.dtype else out.copy_(logits)
-    torch.sub(source, source.amax(1, keepdim=True), out=out)
-    return out if isinstance(temperature, float) and temperature == 1 else out.div_(temperature)
+    return torch.sub(source, source.amax(1, keepdim=True), out=out)
+
+
+def _softened(shifted: Tensor, temperature: float | Tensor, *, out: Tensor) -> Tensor:
+    """``shifted / T``: after the maximum was subtracted, so that no difference is rounded away."""
+    unchanged = isinstance(temperature, float) and temperature == 1
+    return shifted if unchanged else torch.mul(shifted, 1 / temperature, out=out)
 
 
 def _dot(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
@@ -305,8 +360,8 @@ def default_chunk_size(device: str, vocabulary: int, dtype: torch.dtype) -> int:
 
 
 def _block_size(device: str, vocabulary: int) -> int:
-    """Rows of a block: 1 MiB for each thread's cache, or on an accelerator enough to outlast the launch of a kernel."""
+    """Rows of a block: 1/2 MiB for each thread, so that its cache holds several, or what outlasts a kernel launch."""
     if device == "cpu":
         threads = torch.get_num_threads()
-        return max(threads * MIB // (4 * vocabulary), threads)
+        return max(threads * MIB // (8 * vocabulary), threads)
     return max(32 * MIB // (4 * vocabulary), 1)

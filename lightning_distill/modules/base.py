@@ -358,10 +358,9 @@ class DistillationModule(L.LightningModule):
                 f"The shapes that the terms {unbuilt} work on are not known. Pass a data module to `fit`, or call "
                 "`module.build(next(iter(loader)))` before it."
             )
-        trained = [p for part in (self.student, self.terms) for p in part.parameters() if p.requires_grad]
-        if not trained:
+        groups = self.parameter_groups()
+        if not any(group["params"] for group in groups):
             raise ValueError("The student has no trainable parameter: `requires_grad` is False for all of them.")
-        groups: list[dict[str, Any]] = [{"params": trained}]
         if learned := list(self.weighting.parameters()):
             own_rate = self.weighting.learning_rate
             groups.append({"params": learned, "weight_decay": 0.0} | ({} if own_rate is None else {"lr": own_rate}))
@@ -372,6 +371,11 @@ class DistillationModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.scheduler_factory(optimizer), "interval": self.lr_interval},
         }
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained of the student and the terms, as the optimizer gets it; those of the weighting are apart."""
+        trained = [p for part in (self.student, self.terms) for p in part.parameters() if p.requires_grad]
+        return [{"params": trained}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of every process's random numbers; leave the frozen base under a PEFT adapter out."""

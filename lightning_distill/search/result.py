@@ -14,8 +14,8 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from lightning_distill.comparison.files import write_json, write_text
 from lightning_distill.comparison.table import duration, label, number
+from lightning_distill.files import write_json, write_text
 
 State = Literal["complete", "pruned", "failed", "running"]
 RESULTS = "results.json"

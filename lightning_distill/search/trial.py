@@ -12,7 +12,6 @@ import lightning as L
 import optuna
 
 from lightning_distill.comparison.callbacks import LastCheckpoint, ReportFraction
-from lightning_distill.comparison.files import read_json, write_json
 from lightning_distill.comparison.quiet import quiet_lightning
 from lightning_distill.comparison.runs import (
     CHECKPOINT,
@@ -22,6 +21,7 @@ from lightning_distill.comparison.runs import (
     make_trainer,
     raise_keyboard_interrupt,
 )
+from lightning_distill.files import read_json, write_json
 
 Build = Callable[[Mapping[str, Any], int], Experiment]
 """Makes an experiment from the settings, by name, and a seed; called after ``seed_everything(seed)``."""

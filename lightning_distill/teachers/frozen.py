@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
+from lightning_distill.compatibility import check_same_language
 from lightning_distill.deferred import give_weights
 from lightning_distill.outputs import Outputs
 from lightning_distill.sharding import is_sharded, shard
@@ -65,6 +66,10 @@ class FrozenTeacher(Teacher):
             outputs = task.run(network, batch if weight is None else _cast(batch, weight.dtype))
         outputs.features.update(features)
         return outputs
+
+    def attach(self, student: nn.Module) -> None:
+        """Refuse a student whose saved tokenizer differs from the network's: both read the same tokens."""
+        check_same_language(student, self.network)
 
     def tap(self, names: Iterable[str]) -> None:
         """Keep the activations of these submodules in ``Outputs.features``; replaces earlier taps."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill.outputs import Outputs
 from lightning_distill.tasks import CausalLM, Task
@@ -29,6 +29,9 @@ class OtherTokenizerTeacher(FrozenTeacher):
         network: A transformers causal language model; frozen in place.
         dtype: See :class:`FrozenTeacher`.
     """
+
+    def attach(self, student: nn.Module) -> None:
+        """Any student will do: it reads tokens of its own."""
 
     @torch.no_grad()
     def forward(self, batch: Any, task: Task) -> Outputs:

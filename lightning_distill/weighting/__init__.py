@@ -12,6 +12,13 @@ from lightning_distill.weighting.depth import depth_weights
 from lightning_distill.weighting.fixed import FixedWeights
 from lightning_distill.weighting.gradient_weights import GradientWeights
 from lightning_distill.weighting.gradnorm import gradnorm_step, gradnorm_weights, training_rates
+from lightning_distill.weighting.injection import (
+    InjectionWeights,
+    align_direction,
+    align_projection,
+    beta_decay,
+    injection_weights,
+)
 from lightning_distill.weighting.live import Live, term_gradients
 from lightning_distill.weighting.magnitudes import (
     inverse_magnitude_weights,
@@ -30,17 +37,22 @@ __all__ = [
     "ExponentialDecay",
     "FixedWeights",
     "GradientWeights",
+    "InjectionWeights",
     "LinearDecay",
     "Live",
     "MultiTaskWeights",
     "StagedWeight",
     "UncertaintyWeights",
     "Weighting",
+    "align_direction",
+    "align_projection",
+    "beta_decay",
     "cagrad_weights",
     "depth_weights",
     "exponential_decay",
     "gradnorm_step",
     "gradnorm_weights",
+    "injection_weights",
     "inverse_magnitude_weights",
     "last_shared_layer",
     "layer_parameters",

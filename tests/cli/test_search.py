@@ -10,7 +10,7 @@ import yaml
 from lightning_distill.cli import main
 from lightning_distill.cli.search import confirmation, with_settings
 from lightning_distill.comparison import Comparison
-from lightning_distill.comparison.files import read_json
+from lightning_distill.files import read_json
 from lightning_distill.search import Search, Trial
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line shows users whatever it has to warn of

@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from lightning_distill.comparison.files import clear, open_folder, slug, student_path, write_json
+from lightning_distill.comparison.files import clear, open_folder, slug, student_path
+from lightning_distill.files import write_json
 
 
 def test_slug_is_a_plain_folder_name():

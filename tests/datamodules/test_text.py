@@ -8,10 +8,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_distill import KD
-from lightning_distill.compatibility import check_context, check_same_tokenizer
+from lightning_distill.compatibility import check_context, check_reader, check_same_language, check_same_tokenizer
 from lightning_distill.datamodules import text
 from lightning_distill.datamodules.text import TextDataModule, split, standard_library, train_tokenizer, unique
 from lightning_distill.tasks import CausalLM
+from lightning_distill.teachers import OtherTokenizerTeacher
 
 transformers = pytest.importorskip("transformers")
 
@@ -280,6 +281,42 @@ def test_tokenizers_that_differ_are_refused():
     same.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(ValueError, match=r"the same tokens but cut a text differently: .* from token 0 on \['H'"):
         check_same_tokenizer(student, same)
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A model beside each of two tokenizers; where they are."""
+    paragraphs = list(map(paragraph, range(100)))
+    for name, texts in {"lower": paragraphs, "upper": [one.upper() for one in paragraphs]}.items():
+        language_model().save_pretrained(tmp_path / name)
+        train_tokenizer(texts, 280).save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("lower", "upper")}
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_where_the_module_is_made(models, tmp_path):
+    with pytest.raises(ValueError, match=r"different tokenizers: of 280 and 280 tokens, \d+ differ.*`TwoTokenizers`"):
+        KD(models["lower"], models["upper"], task=CausalLM())
+    student = CausalLM().load(models["lower"])
+    KD(student, models["lower"], task=CausalLM())
+    KD(student, language_model(), task=CausalLM())  # it has no folder, and so no tokenizer that is known
+    KD(student, OtherTokenizerTeacher(CausalLM().load(models["upper"])), task=CausalLM())
+    language_model().save_pretrained(tmp_path / "bare")
+    check_same_language(student, CausalLM().load(str(tmp_path / "bare")))
+
+
+def test_a_model_is_refused_data_of_another_tokenizer(file, models, make_trainer):
+    student = CausalLM().load(models["lower"])
+    data = TextDataModule([file], models["upper"], length=16)
+    with pytest.raises(ValueError, match=r"has another tokenizer than the data.*`tokenizer='.*lower'`"):
+        make_trainer(max_epochs=1).fit(KD(student, task=CausalLM(), alpha=1.0), datamodule=data)
+    check_reader(student, TextDataModule([file], models["lower"], length=16).tokenizer, 16)
+
+
+def test_a_tokenizer_may_have_more_tokens(models):
+    own, more = (transformers.AutoTokenizer.from_pretrained(models["lower"]) for _ in range(2))
+    more.add_special_tokens({"pad_token": "<pad>"})
+    assert len(more) == len(own) + 1
+    check_same_tokenizer(own, more)
 
 
 @pytest.mark.parametrize(

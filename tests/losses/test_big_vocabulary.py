@@ -8,15 +8,17 @@ import torch.nn.functional as F
 
 from lightning_distill.losses import fused
 from lightning_distill.losses.big_vocabulary import (
+    fused_linear_cross_entropy,
     fused_linear_kd,
     fused_linear_kd_items,
     sparse_kd,
     sparse_kd_items,
 )
-from lightning_distill.losses.fused import FusedKD
+from lightning_distill.losses.fused import FusedCrossEntropy, FusedKD
 from lightning_distill.losses.linear_kd import default_chunk_size
 from lightning_distill.losses.soft_targets import jensen_shannon_divergence, kl_divergence, skewed_kl_divergence
 from lightning_distill.losses.targets import cross_entropy
+from lightning_distill.losses.term import reduce_items
 from lightning_distill.losses.top_k import topk_kl
 from lightning_distill.outputs import Outputs, Step
 
@@ -72,6 +74,31 @@ def test_equals_the_plain_loss(tensors, temperature, beta, alpha, chunk_size):
     torch.testing.assert_close(gradients(result.loss * 3, student), gradients(expected * 3, student))
     assert not result.hard.requires_grad
     assert not result.soft.requires_grad
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 1000])
+def test_labels_alone_equal_the_plain_cross_entropy(tensors, chunk_size):
+    student, _, labels, mask = tensors
+    weights = torch.rand(N, dtype=torch.float64).where(torch.rand(N) > 0.2, 0)
+    z = F.linear(*student)[:, : V - 3]
+    expected = (cross_entropy(z, labels.clamp_max(V - 4)) * weights)[mask].sum() / mask.sum()
+    options = {"bias": student[2], "mask": mask, "weights": weights, "vocabulary": V - 3, "chunk_size": chunk_size}
+    value = fused_linear_cross_entropy(*student[:2], labels.clamp_max(V - 4), **options)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients(value * 3, student), gradients(expected * 3, student))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_term_on_labels_takes_either_way(tensors, fuse, monkeypatch):
+    student, _, labels, mask = tensors
+    monkeypatch.setattr(fused, "PLAIN_BYTES", 0 if fuse else math.inf)
+    head = torch.nn.Linear(D, V, dtype=torch.float64)
+    said = Outputs(hidden=student[0], head=head)
+    value = FusedCrossEntropy()(Step({}, said, None, labels, mask))
+    assert said.has_logits is not fuse
+    torch.testing.assert_close(value, reduce_items(cross_entropy(head(student[0]), labels), mask))
+    with pytest.raises(ValueError, match="learns from labels alone, but the batch has none"):
+        FusedCrossEntropy()(Step({}, said, None, None, mask))
 
 
 @pytest.mark.parametrize("skew", [0.1, 0.9])

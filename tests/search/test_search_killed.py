@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_distill.comparison.files import read_json
+from lightning_distill.files import read_json
 
 SCRIPT = Path(__file__).with_name("problem.py")
 

@@ -1,0 +1,68 @@
+"""How many bits each layer gets: sensitivities, an integer programme for a budget, and fronts."""
+
+from lightning_distill.bit_search.allocate import (
+    Plan,
+    Table,
+    accuracy_size_reward,
+    allocate_bits,
+    plan_sum,
+    weight_bits,
+)
+from lightning_distill.bit_search.channels import channel_bits, channel_importance
+from lightning_distill.bit_search.pareto import (
+    crowding_distance,
+    epsilon_constraint,
+    hypervolume,
+    nondominated_fronts,
+    pareto_front,
+    weighted_sum,
+)
+from lightning_distill.bit_search.quantized import QuantizedWeights
+from lightning_distill.bit_search.result import BitSearchResult
+from lightning_distill.bit_search.rounding import RoundedWeights, effective_bits, round_weight
+from lightning_distill.bit_search.search import search_bits
+from lightning_distill.bit_search.sensitivity import PlanLoss, divergence, fisher_errors
+from lightning_distill.bit_search.trials import (
+    Trial,
+    Trials,
+    budgets_between,
+    evolve,
+    greedy,
+    layer_errors,
+    refine,
+    try_allocations,
+)
+
+__all__ = [
+    "BitSearchResult",
+    "Plan",
+    "PlanLoss",
+    "QuantizedWeights",
+    "RoundedWeights",
+    "Table",
+    "Trial",
+    "Trials",
+    "accuracy_size_reward",
+    "allocate_bits",
+    "budgets_between",
+    "channel_bits",
+    "channel_importance",
+    "crowding_distance",
+    "divergence",
+    "effective_bits",
+    "epsilon_constraint",
+    "evolve",
+    "fisher_errors",
+    "greedy",
+    "hypervolume",
+    "layer_errors",
+    "nondominated_fronts",
+    "pareto_front",
+    "plan_sum",
+    "refine",
+    "round_weight",
+    "search_bits",
+    "try_allocations",
+    "weight_bits",
+    "weighted_sum",
+]

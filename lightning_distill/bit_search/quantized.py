@@ -1,0 +1,122 @@
+"""The weights of layers that are quantized already, at several numbers of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.bit_search.allocate import weight_bits
+from lightning_distill.bit_search.rounding import check_bits, chosen_layers, weighted_squares
+from lightning_distill.quantization import QuantizedLayer, full_precision, quantized_layers
+
+
+class QuantizedWeights:
+    """As :class:`~lightning_distill.bit_search.RoundedWeights`, for a network that ``prepare`` has quantized.
+
+    A layer has its own quantizer and, at its present number of bits, its trained steps; at others those of the least
+    squared error. Inputs are quantized as they are in the network. What is not searched keeps its bits.
+
+    Args:
+        network: Not changed outside :meth:`applied`.
+        bits: Numbers of bits to choose from.
+        layers: Names of the layers; by default all quantized ones.
+
+    Raises:
+        ValueError: If there is no such layer, one is binary or ternary, or a number of bits has no quantizer.
+    """
+
+    def __init__(self, network: nn.Module, bits: Sequence[int], layers: Sequence[str] | None = None) -> None:
+        check_bits(bits)
+        self.bits = tuple(sorted(set(bits)))
+        self._network = network
+        self._layers = chosen_layers(network, quantized_layers(network), layers, "quantized layer")
+        self._steps: dict[tuple[str, int], list[Tensor]] = {}
+        for name, layer in self._layers.items():
+            if layer.closed_form is not None:
+                raise ValueError(
+                    f"The layer {name!r} is {layer.closed_form} and has no bits to choose. Leave it out: "
+                    f"`layers={[other for other in self._layers if other != name]}`."
+                )
+            state, own, now = layer.get_extra_state(), _copies(layer), layer.weight_bits
+            try:
+                for choice in self.bits:
+                    layer.weight_bits = choice
+                    self._steps[name, choice] = own if choice == now else _copies(layer)
+            finally:
+                layer.set_extra_state(state)
+                _put(layer, own)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Elements of each layer's weight."""
+        return {name: layer.weight.numel() for name, layer in self._layers.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The layers' own weights."""
+        return {name: cast(nn.Parameter, layer.weight) for name, layer in self._layers.items()}
+
+    @property
+    def costs(self) -> dict[str, dict[int, float]]:
+        """Bits of storage of each layer at each number of bits."""
+        return weight_bits(self.sizes, self.bits)
+
+    def squared_errors(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[int, float]]:
+        """Sum of squared errors of each layer at each number of bits, each element times ``weights``."""
+        found: dict[str, dict[int, float]] = {}
+        for name, layer in self._layers.items():
+            factor = None if weights is None else weights[name]
+            found[name] = {}
+            for choice in self.bits:
+                with torch.no_grad(), self.applied({name: choice}):
+                    found[name][choice] = weighted_squares(layer.quantized_weight(), layer.weight, factor)
+        return found
+
+    def original(self) -> AbstractContextManager[None]:
+        """Within this context the network computes in full precision."""
+        return full_precision(self._network)
+
+    @contextmanager
+    def applied(self, plan: Mapping[str, int]) -> Iterator[None]:
+        """Within this context the network has the bits of ``plan``, in full force; afterwards all is as it was."""
+        layers = quantized_layers(self._network).values()
+        shares = [layer.alpha for layer in layers]
+        own = {name: (layer.get_extra_state(), _copies(layer)) for name, layer in self._layers.items() if name in plan}
+        try:
+            for layer in layers:
+                layer.alpha = 1.0
+            for name, choice in plan.items():
+                state = own[name][0].clone()
+                state[0] = choice
+                self._layers[name].set_extra_state(state)
+                _put(self._layers[name], self._steps[name, choice])
+            yield
+        finally:
+            for name, (state, steps) in own.items():
+                self._layers[name].set_extra_state(state)
+                _put(self._layers[name], steps)
+            for layer, share in zip(layers, shares, strict=True):
+                layer.alpha = share
+
+
+def _own_tensors(layer: QuantizedLayer) -> list[Tensor]:
+    """What a layer has beside weight and bias: its steps."""
+    named = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    return [tensor for name, tensor in named if name not in ("weight", "bias")]
+
+
+def _copies(layer: QuantizedLayer) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in _own_tensors(layer)]
+
+
+@torch.no_grad()
+def _put(layer: QuantizedLayer, values: list[Tensor]) -> None:
+    for tensor, value in zip(_own_tensors(layer), values, strict=True):
+        tensor.copy_(value)
+
+
+__all__ = ["QuantizedWeights"]

@@ -1,0 +1,92 @@
+"""The result of a search: a plan, what it costs, and what else was tried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_distill.bit_search.allocate import Plan
+from lightning_distill.bit_search.pareto import pareto_front
+from lightning_distill.bit_search.rounding import effective_bits
+from lightning_distill.bit_search.trials import Trial
+
+
+@dataclass(frozen=True)
+class BitSearchResult:
+    """What a search found.
+
+    Attributes:
+        plan: Bits by layer.
+        loss: Divergence of the network with this plan from itself.
+        budget: Largest mean number of bits per weight that was allowed.
+        sizes: Elements of each layer's weight.
+        errors: What each layer alone does at each number of bits.
+        trials: All plans that were tried, the chosen one among them; costs are in bits.
+    """
+
+    plan: Plan
+    loss: float
+    budget: float
+    sizes: dict[str, int]
+    errors: dict[str, dict[int, float]]
+    trials: Sequence[Trial]
+
+    @property
+    def effective_bits(self) -> float:
+        """Mean number of bits per weight of the plan."""
+        return effective_bits(self.plan, self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        """Storage of the planned weights, without steps, rounded up."""
+        return -(-sum(self.sizes[layer] * bits for layer, bits in self.plan.items()) // 8)
+
+    def front(self) -> list[Trial]:
+        """Trials that no other beats in both loss and cost, by rising cost."""
+        best = [self.trials[i] for i in pareto_front([(trial.loss, trial.cost) for trial in self.trials])]
+        return sorted(best, key=lambda trial: (trial.cost, trial.loss))
+
+    def __str__(self) -> str:
+        """A table of the layers, and one line on the whole."""
+        width = max(len("layer"), *map(len, self.plan))
+        choices = sorted({bits for row in self.errors.values() for bits in row})
+        lines = [f"{'layer':<{width}}  {'weights':>9}  bits  " + "  ".join(f"{f'at {b} bits':>11}" for b in choices)]
+        for layer, bits in self.plan.items():
+            row = "  ".join(f"{self.errors[layer].get(b, float('nan')):>11.3g}" for b in choices)
+            lines.append(f"{layer:<{width}}  {self.sizes[layer]:>9}  {bits:>4}  {row}")
+        lines.append(
+            f"{self.effective_bits:.3f} bits per weight (budget {self.budget:g}), {self.bytes} bytes, divergence "
+            f"{self.loss:.4g}, {len(self.trials)} plans tried"
+        )
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, names and lists."""
+        return asdict(self) | {"trials": [asdict(trial) for trial in self.trials]}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> BitSearchResult:
+        """Put :meth:`as_dict` together again, also after a way through JSON."""
+        errors = {layer: {int(bits): value for bits, value in row.items()} for layer, row in state["errors"].items()}
+        return cls(**{**state, "errors": errors, "trials": [Trial(**trial) for trial in state["trials"]]})
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``bits.json`` and ``bits.png`` into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".bits.json.tmp"
+        temporary.write_text(json.dumps(self.as_dict(), indent=1))
+        temporary.replace(folder / "bits.json")
+        self.plot(folder / "bits.png")
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the front and the plan into a PNG file."""
+        from lightning_distill.bit_search.plot import plot_search
+
+        plot_search(self, path)
+
+
+__all__ = ["BitSearchResult"]

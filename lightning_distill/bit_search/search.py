@@ -1,0 +1,165 @@
+"""A whole search: sensitivities, an integer programme for the budget, refinement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_distill.bit_search.allocate import Table, allocate_bits
+from lightning_distill.bit_search.quantized import QuantizedWeights
+from lightning_distill.bit_search.result import BitSearchResult
+from lightning_distill.bit_search.rounding import RoundedWeights, check_bits
+from lightning_distill.bit_search.sensitivity import PlanLoss, fisher_errors
+from lightning_distill.bit_search.trials import (
+    Trials,
+    budgets_between,
+    evolve,
+    greedy,
+    layer_errors,
+    refine,
+    try_allocations,
+)
+from lightning_distill.quantization import quantized_layers
+from lightning_distill.tasks import Classification, Task
+
+Sensitivity = Literal["kl", "fisher", "weights"]
+Refinement = Literal["none", "neighbours", "greedy", "nsga2"]
+
+
+def search_bits(
+    network: nn.Module,
+    batches: Iterable[Any],
+    *,
+    effective_bits: float | None = None,
+    max_bytes: float | None = None,
+    bits: Sequence[int] = (2, 4, 8),
+    layers: Sequence[str] | None = None,
+    sensitivity: Sensitivity = "kl",
+    refinement: Refinement = "neighbours",
+    points: int = 14,
+    evaluations: int = 100,
+    seed: int = 0,
+    task: Task | None = None,
+) -> BitSearchResult:
+    """Choose the bits of each layer's weights within a budget such that the outputs change least.
+
+    The layers' own effects are measured (or estimated), the integer programme is solved for the budget and for
+    ``points`` others, and whole plans are compared by the divergence of the network's outputs from its own in full
+    precision. Nothing about the network is changed, and no label is looked at. Apply the plan with
+    ``prepare(network, overrides=result.plan)`` or, to a network that is quantized already, ``set_bits``.
+
+    Args:
+        network: In full precision: its weights are rounded with one step per output channel. Or quantized by
+            :func:`~lightning_distill.quantization.prepare` (and calibrated): then as its layers do it.
+        batches: What outputs are compared on; a few hundred samples of training data, say.
+        effective_bits: Largest mean number of bits per weight of the searched layers.
+        max_bytes: Largest storage of their weights, steps not counted. Exactly one of the two.
+        bits: Numbers of bits to choose from: 2 to 16, or those of the quantized layers, 1 to 8, 16 and 32.
+        layers: Names of the searched layers; by default all linear, convolution and embedding layers, or all that are
+            quantized.
+        sensitivity: ``"kl"``: the divergence with one layer rounded (one pass over ``batches`` per layer and number of
+            bits). ``"fisher"``: see :func:`~lightning_distill.bit_search.fisher_errors`. ``"weights"``: the squared
+            rounding error.
+        refinement: ``"neighbours"``: see :func:`~lightning_distill.bit_search.refine`; ``"greedy"``: bits are taken
+            away one layer at a time, which tries about ``L ** 2 / 2`` plans per number of bits and gives the best
+            fronts; ``"nsga2"``: an evolution from the plans found so far, for fronts (needs Optuna); ``"none"``.
+        points: Budgets for the front, at least 2; 0 for none.
+        evaluations: Plans that ``"nsga2"`` tries.
+        seed: Of ``"fisher"`` and ``"nsga2"``.
+        task: How a batch is read. Default :class:`~lightning_distill.tasks.Classification`.
+
+    Raises:
+        ValueError: If the budget is below the fewest bits or above 32, not exactly one budget is given, there is no
+            such layer, or another argument is outside its range.
+    """
+    check_search(effective_bits, max_bytes, bits, sensitivity, refinement, points)
+    task = Classification() if task is None else task
+    batches = list(batches)
+    kind = QuantizedWeights if quantized_layers(network) else RoundedWeights
+    rounded = kind(network, bits, layers)
+    weights = sum(rounded.sizes.values())
+    budget = effective_bits * weights if effective_bits is not None else 8 * (max_bytes or 0.0)
+    check_budget(budget / weights, bits, "max_bytes" if effective_bits is None else "effective_bits")
+    trials = Trials(PlanLoss(network, rounded, batches, task), rounded.costs)
+    errors: Table
+    if sensitivity == "kl":
+        errors = layer_errors(trials)
+    elif sensitivity == "fisher":
+        errors = fisher_errors(network, rounded, batches, task, seed=seed)
+    else:
+        errors = rounded.squared_errors()
+    for choice in bits:
+        trials(dict.fromkeys(rounded.sizes, choice))  # what the plan has to beat
+    if points:
+        try_allocations(trials, errors, budgets_between(trials.costs, points))
+    trials(allocate_bits(errors, trials.costs, budget))
+    _REFINEMENTS[refinement](trials, budget, evaluations, seed)
+    best = trials.best(budget)
+    return BitSearchResult(
+        plan=best.plan,
+        loss=best.loss,
+        budget=budget / weights,
+        sizes=rounded.sizes,
+        errors={layer: dict(row) for layer, row in errors.items()},
+        trials=trials.done,
+    )
+
+
+def _neighbours(trials: Trials, budget: float, evaluations: int, seed: int) -> None:
+    refine(trials, trials.best(budget).plan, budget)
+
+
+def _greedy(trials: Trials, budget: float, evaluations: int, seed: int) -> None:
+    greedy(trials)
+
+
+def _nsga2(trials: Trials, budget: float, evaluations: int, seed: int) -> None:
+    evolve(trials, evaluations, start=[trial.plan for trial in trials.front()], seed=seed)
+
+
+_REFINEMENTS: dict[str, Callable[[Trials, float, int, int], Any]] = {
+    "none": lambda trials, budget, evaluations, seed: None,
+    "neighbours": _neighbours,
+    "greedy": _greedy,
+    "nsga2": _nsga2,
+}
+
+
+def check_search(
+    effective_bits: float | None,
+    max_bytes: float | None,
+    bits: Sequence[int],
+    sensitivity: str,
+    refinement: str,
+    points: int,
+) -> None:
+    """Refuse settings that no network could be searched with; see :func:`search_bits`."""
+    check_bits(bits)
+    if (effective_bits is None) == (max_bytes is None):
+        raise ValueError(
+            f"Give exactly one budget, `effective_bits` or `max_bytes`, got {effective_bits} and {max_bytes}."
+        )
+    if effective_bits is not None:
+        check_budget(effective_bits, bits, "effective_bits")
+    elif max_bytes is not None and not max_bytes > 0:
+        raise ValueError(f"`max_bytes` must be positive, got {max_bytes}.")
+    if sensitivity not in ("kl", "fisher", "weights"):
+        raise ValueError(f"`sensitivity` must be 'kl', 'fisher' or 'weights', got {sensitivity!r}.")
+    if refinement not in _REFINEMENTS:
+        raise ValueError(f"`refinement` must be one of {list(_REFINEMENTS)}, got {refinement!r}.")
+    if points != 0 and not points >= 2:
+        raise ValueError(f"`points` must be 0 or at least 2, got {points}.")
+
+
+def check_budget(mean: float, bits: Sequence[int], name: str) -> None:
+    """Refuse a mean number of bits that no plan has, or that is no saving."""
+    if not min(bits) <= mean <= 32:
+        limit = f"below the fewest bits, {min(bits)}" if not mean > 32 else "above float32"
+        raise ValueError(
+            f"`{name}` allows {mean:.4g} bits per weight, which is {limit}. Choose a budget from {min(bits)} to 32."
+        )
+
+
+__all__ = ["Refinement", "Sensitivity", "check_search", "search_bits"]

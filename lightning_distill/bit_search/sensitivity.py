@@ -1,0 +1,148 @@
+"""What rounded weights do to a network's outputs: measured, or estimated from gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.bit_search.quantized import QuantizedWeights
+from lightning_distill.bit_search.rounding import RoundedWeights
+from lightning_distill.modes import inference
+from lightning_distill.outputs import Outputs
+from lightning_distill.tasks import Task
+
+
+class PlanLoss:
+    """How far a network with few bits is from itself: the mean over items of a divergence, no label needed.
+
+    For classifiers and language models ``KL(network || rounded)`` in nats; for other tasks the squared difference.
+
+    Args:
+        network: The network.
+        rounded: Its weights at several numbers of bits.
+        batches: What the outputs are compared on.
+        task: How a batch is read.
+
+    Raises:
+        ValueError: If there are no batches.
+    """
+
+    def __init__(
+        self, network: nn.Module, rounded: RoundedWeights | QuantizedWeights, batches: Iterable[Any], task: Task
+    ) -> None:
+        self.network = network
+        self.rounded = rounded
+        self.task = task
+        self._batches = list(batches)
+        if not self._batches:
+            raise ValueError("`batches` is empty: there is nothing to compare outputs on.")
+        with inference(network), rounded.original():
+            self._own = [self._said(batch) for batch in self._batches]
+
+    def __call__(self, plan: Mapping[str, int]) -> float:
+        """Divergence of the network with the weights of ``plan``."""
+        total, items = 0.0, 0
+        with inference(self.network), self.rounded.applied(plan):
+            for batch, own in zip(self._batches, self._own, strict=True):
+                values = divergence(own, self._said(batch), probabilities=self.task.imitable)
+                total, items = total + values.double().sum().item(), items + values.numel()
+        return total / max(items, 1)
+
+    def _said(self, batch: Any) -> Tensor:
+        return counted(self.task.run(self.network, batch), batch, self.task)
+
+
+def divergence(own: Tensor, other: Tensor, *, probabilities: bool = True) -> Tensor:
+    """How far ``other`` is from ``own``, of each item.
+
+    Args:
+        own: Logits or predictions, shape ``(items, C)``.
+        other: Same shape.
+        probabilities: Whether they are logits: then ``KL(own || other)`` in nats, otherwise the squared difference.
+
+    Returns:
+        Shape ``(items,)``, float32 or wider.
+    """
+    wide = torch.promote_types(own.dtype, torch.float32)
+    own, other = own.to(wide), other.to(wide)
+    if not probabilities:
+        return (own - other).square().sum(dim=-1)
+    p = own.log_softmax(dim=-1)
+    return (p.exp() * (p - other.log_softmax(dim=-1))).sum(dim=-1)
+
+
+def fisher_errors(
+    network: nn.Module,
+    rounded: RoundedWeights | QuantizedWeights,
+    batches: Iterable[Any],
+    task: Task,
+    *,
+    samples: int = 64,
+    seed: int = 0,
+) -> dict[str, dict[int, float]]:
+    r"""Second-order estimate of :class:`PlanLoss` for each layer alone: :math:`\frac12 \sum_i F_{ii} \, \Delta w_i^2`.
+
+    :math:`F` is the Fisher information of single samples, with labels drawn from the network's own prediction; the
+    diagonal only (compare HAWQ, Dong et al. 2019, which uses the Hessian). One backward pass per sample, and no
+    forward pass per choice of bits.
+
+    Args:
+        network: The network.
+        rounded: Its rounded weights.
+        batches: Batches of samples; only the first ``samples`` are used.
+        task: How a batch is read; a classifier's or a language model's.
+        samples: How many samples (tokens) have a gradient, positive.
+        seed: Of the drawn labels.
+
+    Returns:
+        By layer and number of bits, in nats.
+
+    Raises:
+        ValueError: If the task has no probabilities, ``samples`` is not positive, or there are no batches.
+    """
+    if not task.imitable:
+        raise ValueError(f"`fisher` needs a task with probabilities, got {type(task).__name__}; use `kl`.")
+    if not samples >= 1:
+        raise ValueError(f"`samples` must be positive, got {samples}.")
+    generator = torch.Generator().manual_seed(seed)
+    parameters = rounded.parameters
+    squares = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    seen = 0
+    with inference(network), rounded.original(), torch.enable_grad():
+        try:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            for batch in batches:
+                logits = counted(task.run(network, batch), batch, task).float()[: samples - seen]
+                labels = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
+                losses = -logits.log_softmax(dim=-1).gather(1, labels.to(logits.device)).squeeze(1)
+                for row, loss in enumerate(losses):
+                    found = torch.autograd.grad(
+                        loss, list(parameters.values()), retain_graph=row + 1 < len(losses), allow_unused=True
+                    )
+                    for name, gradient in zip(parameters, found, strict=True):
+                        if gradient is not None:
+                            squares[name] += gradient.float().square()
+                seen += len(losses)
+                if seen >= samples:
+                    break
+        finally:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(flags[name])
+    if seen == 0:
+        raise ValueError("`batches` is empty: there is nothing to take gradients of.")
+    return rounded.squared_errors({name: square / (2 * seen) for name, square in squares.items()})
+
+
+def counted(outputs: Outputs, batch: Any, task: Task) -> Tensor:
+    """Logits of the items that count, shape ``(n, C)``."""
+    mask = task.mask(batch, outputs)
+    logits = outputs.logits if mask is None else outputs.logits[mask]
+    return logits.reshape(-1, logits.shape[-1])
+
+
+__all__ = ["PlanLoss", "counted", "divergence", "fisher_errors"]

@@ -1,0 +1,66 @@
+"""Networks with few bits per weight and activation."""
+
+from lightning_distill.quantization.alternation import MonotonicityReport, monotonicity_report
+from lightning_distill.quantization.closed_forms import binary_quantize, ternary_quantize
+from lightning_distill.quantization.fake_quantize import Grid, blend, codes_of, fake_quantize, grid_of
+from lightning_distill.quantization.layers import QuantizedLayer
+from lightning_distill.quantization.network import (
+    calibrate,
+    full_precision,
+    prepare,
+    quantized_layers,
+    set_alpha,
+    set_bits,
+)
+from lightning_distill.quantization.scales import (
+    affine_scale,
+    alternate_scale_and_codes,
+    lsq_initial_scale,
+    minmax_scale,
+    mse_affine_scale,
+    mse_scale,
+)
+from lightning_distill.quantization.size import LayerSize, SizeReport, size_report
+from lightning_distill.quantization.spec import QuantSpec
+from lightning_distill.quantization.surrogate import dsq_fake_quantize, soft_staircase
+from lightning_distill.quantization.terms import (
+    QuantizationError,
+    SoftQuantized,
+    soft_quantized_loss,
+    weight_quantization_error,
+)
+
+__all__ = [
+    "Grid",
+    "LayerSize",
+    "MonotonicityReport",
+    "QuantSpec",
+    "QuantizationError",
+    "QuantizedLayer",
+    "SizeReport",
+    "SoftQuantized",
+    "affine_scale",
+    "alternate_scale_and_codes",
+    "binary_quantize",
+    "blend",
+    "calibrate",
+    "codes_of",
+    "dsq_fake_quantize",
+    "fake_quantize",
+    "full_precision",
+    "grid_of",
+    "lsq_initial_scale",
+    "minmax_scale",
+    "monotonicity_report",
+    "mse_affine_scale",
+    "mse_scale",
+    "prepare",
+    "quantized_layers",
+    "set_alpha",
+    "set_bits",
+    "size_report",
+    "soft_quantized_loss",
+    "soft_staircase",
+    "ternary_quantize",
+    "weight_quantization_error",
+]
