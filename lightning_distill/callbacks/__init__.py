@@ -36,6 +36,7 @@ from lightning_distill.callbacks.selection import LogSelection
 from lightning_distill.callbacks.snapshot_teacher import SnapshotTeacher
 from lightning_distill.callbacks.soft_label_refinement import SoftLabelRefinement
 from lightning_distill.callbacks.stage_checkpoint import StageCheckpoint
+from lightning_distill.callbacks.teacher_pool import AdaptToCapability, PoolLog
 from lightning_distill.callbacks.temperature import TemperatureAnnealing
 from lightning_distill.callbacks.weight_report import WeightReport
 from lightning_distill.callbacks.weighting import MGDA, CAGrad, PCGrad, UncertaintyWeighting
@@ -43,6 +44,7 @@ from lightning_distill.callbacks.write_sample import WriteSample
 
 __all__ = [
     "MGDA",
+    "AdaptToCapability",
     "AdapterMeanTeacher",
     "AlternatingQuantization",
     "BalancedMagnitudes",
@@ -63,6 +65,7 @@ __all__ = [
     "OnPolicy",
     "PCGrad",
     "PerformanceHeadWeights",
+    "PoolLog",
     "ProgressiveLayers",
     "PublishStudent",
     "QuantizationRamp",

@@ -71,6 +71,14 @@ from lightning_distill.diagnostics.stages import (
     stage_degradation,
     stage_information,
 )
+from lightning_distill.diagnostics.teacher_pool import (
+    PairingReport,
+    complementarity,
+    correlation_filter,
+    diversity,
+    output_correlation,
+    pairing_report,
+)
 
 __all__ = [
     "AttentionProfile",
@@ -92,6 +100,7 @@ __all__ = [
     "LayerInformation",
     "LayerProfile",
     "NormInformation",
+    "PairingReport",
     "QuantizationError",
     "RecoveryBound",
     "Retention",
@@ -106,13 +115,16 @@ __all__ = [
     "ban_operator",
     "bootstrap_mean",
     "compare_conditioning",
+    "complementarity",
     "condition_number",
     "convergence_diagnostics",
+    "correlation_filter",
     "cross_entropy_parts",
     "curriculum_benefit",
     "dark_information_gap",
     "dark_information_gap_from_joint",
     "dark_knowledge",
+    "diversity",
     "ema_convergence_slope",
     "ema_report",
     "empirical_rademacher",
@@ -130,6 +142,8 @@ __all__ = [
     "landscape_smoothness",
     "linear_probe_profile",
     "norm_information",
+    "output_correlation",
+    "pairing_report",
     "quantization_error",
     "recovery_bound_fit",
     "retention_compare",

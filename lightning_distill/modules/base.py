@@ -373,8 +373,10 @@ class DistillationModule(L.LightningModule):
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trained of the student and the terms, as the optimizer gets it; those of the weighting are apart."""
+        """What is trained of student, terms and teacher, as the optimizer gets it; those of the weighting are apart."""
         trained = [p for part in (self.student, self.terms) for p in part.parameters() if p.requires_grad]
+        if trained and self.teacher is not None:
+            trained += [p for p in self.teacher.trained_parameters() if p.requires_grad]
         return [{"params": trained}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

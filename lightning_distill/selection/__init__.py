@@ -1,5 +1,6 @@
 """Selective distillation: from which samples or tokens the student learns."""
 
+from lightning_distill.selection.classes import OnlyClasses
 from lightning_distill.selection.report import (
     SelectionReport,
     report_of_counts,
@@ -22,6 +23,7 @@ from lightning_distill.selection.uncertainty import (
 )
 
 __all__ = [
+    "OnlyClasses",
     "SelectByClass",
     "SelectByEntropy",
     "SelectByPercentile",

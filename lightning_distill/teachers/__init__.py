@@ -18,6 +18,19 @@ from lightning_distill.teachers.follow import FollowedTeacher
 from lightning_distill.teachers.frozen import FrozenTeacher, FunctionTeacher
 from lightning_distill.teachers.other_tokenizer import OtherTokenizerTeacher
 from lightning_distill.teachers.past import MeanPrediction, PastTeacher
+from lightning_distill.teachers.pools import (
+    AverageChoice,
+    CachedChoice,
+    CascadeChoice,
+    Choice,
+    CostAwareChoice,
+    DifficultyChoice,
+    PoolMember,
+    RouterLoss,
+    ScoredChoice,
+    TeacherPool,
+    TeacherRouter,
+)
 from lightning_distill.teachers.previous import PreviousPredictions
 from lightning_distill.teachers.prompts import PromptEnsemble, prepend_tokens, prompt_ensemble
 from lightning_distill.teachers.quantized import quantized_ensemble
@@ -27,7 +40,13 @@ from lightning_distill.teachers.whole_network import WholeNetworkTeacher
 __all__ = [
     "AdapterEMATeacher",
     "AdapterOffTeacher",
+    "AverageChoice",
+    "CachedChoice",
     "CachedTeacher",
+    "CascadeChoice",
+    "Choice",
+    "CostAwareChoice",
+    "DifficultyChoice",
     "EMATeacher",
     "EnsembleTeacher",
     "FollowedTeacher",
@@ -36,10 +55,15 @@ __all__ = [
     "MeanPrediction",
     "OtherTokenizerTeacher",
     "PastTeacher",
+    "PoolMember",
     "PreviousPredictions",
     "PromptEnsemble",
+    "RouterLoss",
+    "ScoredChoice",
     "Teacher",
     "TeacherLike",
+    "TeacherPool",
+    "TeacherRouter",
     "WholeNetworkTeacher",
     "build_teacher",
     "complexity_weights",

@@ -43,6 +43,10 @@ class Teacher(nn.Module):
     def see(self, step: Step) -> None:
         """Called after each training batch with what was said about it, for teachers that learn from the student."""
 
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of its own that are trained with the student, by a loss term; they join the optimizer."""
+        return ()
+
     def copies(self) -> dict[str, nn.Module]:
         """Copies of the student that are part of this module, and so of checkpoints, by their names in it."""
         return {}
