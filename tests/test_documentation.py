@@ -103,13 +103,14 @@ def test_make_demo_is_the_comparison_and_make_test_runs_pytest():
 @pytest.mark.filterwarnings("ignore")  # the command line shows users whatever it has to warn of
 def test_every_printed_command_of_ours_runs(examples):
     ours = [line.split()[1:] for line in commands() if line.startswith("lightning-distill ")]
-    teachers = [line for line in ours if "teacher.yaml" in line[2]]
+    teachers = [line for line in ours if line[0] == "fit" and "teacher.yaml" in line[2]]
+    costs = [line for line in ours if line[0] == "cost"]  # the first one calibrates for the others
     caches = [line for line in ours if line[0] == "cache"]
     students = [line for line in ours if line[0] == "fit" and line not in teachers]
     assert teachers
     assert caches
     assert len(students) >= 2
-    for line in (*teachers, *caches, *students):
+    for line in (*teachers, *caches, *students, *costs):
         main(line)
     assert (examples / "runs" / "teacher" / "teacher.ckpt").exists()
     assert (examples / "runs" / "kd" / "last.ckpt").exists()
@@ -132,7 +133,7 @@ def test_every_printed_command_of_ours_runs(examples):
             comparison = Comparison.load(folder)
             assert len(comparison.runs) == 2 * len(comparison.methods)
             assert {path.name for path in Path(folder).glob("*.png")} >= {"results.png", "gain.png"}
-    known = {"fit", "compare", "cache", "search", "export"}
+    known = {"fit", "compare", "cache", "search", "export", "cost", "pipeline", "pipeline-async"}
     assert {line[0] for line in ours} <= known
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_distill.cli.cache import run_cache
 from lightning_distill.cli.comparison import run_comparison
+from lightning_distill.cli.cost import run_cost
 from lightning_distill.cli.export import run_export
 from lightning_distill.cli.pipeline import run_asynchronous_pipeline, run_pipeline
 from lightning_distill.cli.search import run_search
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "cache": ("run a teacher over the training set once, to train from what it said", run_cache),
     "compare": ("methods times seeds, with a control group: table, plots, wandb", run_comparison),
     "export": ("a trained quantized student as ONNX or packed weights: size, exactness, speed", run_export),
+    "cost": ("latency, energy and size of the student, estimated layer by layer: table, plot", run_cost),
     "pipeline": ("stages that build on each other, resumable: table, plot", run_pipeline),
     "pipeline-async": ("its stages all at once, each a process that follows the one before", run_asynchronous_pipeline),
     "search": ("settings that do best on the validation data: trials, table, plots", run_search),

@@ -16,18 +16,34 @@ from lightning_distill.compression.exit_rules import (
     exit_indices,
     exit_report,
 )
+from lightning_distill.compression.low_rank import (
+    LayerRank,
+    LowRankReport,
+    energy_rank,
+    factorize,
+    factorized,
+    largest_rank,
+    low_rank_factors,
+)
 
 __all__ = [
     "EarlyExitNetwork",
     "ExitMeasurements",
     "ExitReport",
+    "LayerRank",
+    "LowRankReport",
     "calibrate_exits",
     "choose_thresholds",
+    "energy_rank",
     "evaluate_exits",
     "exit_confidence",
     "exit_curve",
     "exit_indices",
     "exit_report",
+    "factorize",
+    "factorized",
+    "largest_rank",
+    "low_rank_factors",
     "measure_exits",
     "plot_exit_curve",
 ]

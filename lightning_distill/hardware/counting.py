@@ -1,0 +1,212 @@
+"""Operations and bytes of each layer of a network, counted while it runs a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_distill.hardware.alignment import align_channels
+from lightning_distill.modes import inference
+from lightning_distill.quantization import full_precision, quantized_layers, size_report
+
+ROOT = "(network)"
+_BLOCK = 16
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch counts the GPU's only
+
+
+@dataclass
+class LayerCost:
+    """What one layer does for one batch, without the layers inside it.
+
+    Attributes:
+        name: Its name in the network; :data:`ROOT` for what the network does itself.
+        kind: Its class.
+        calls: Operations of PyTorch that it starts; views are none.
+        flops: Multiplications and additions of products of matrices, convolutions and attention: two per MAC.
+        convolution_flops: Those of ``flops`` that are a convolution's.
+        padded_flops: ``convolution_flops`` with the channels of a group rounded up to whole blocks of 16, as vector
+            units compute them: 3 channels take as long as 16.
+        weight_bytes: Of parameters and buffers that are read, each as often as it is read, at ``weight_bits``.
+        activation_bytes: Of everything else that operations read and write.
+        weight_bits: Bits of a weight.
+        compute_bits: Width of the arithmetic: the wider one of weights and inputs.
+    """
+
+    name: str
+    kind: str
+    calls: int = 0
+    flops: int = 0
+    convolution_flops: int = 0
+    padded_flops: float = 0.0
+    weight_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    weight_bits: int = 32
+    compute_bits: int = 32
+
+    @property
+    def bytes(self) -> float:
+        """Bytes read and written."""
+        return self.weight_bytes + self.activation_bytes
+
+
+def count_costs(
+    model: nn.Module, batch: Any, *, run: Callable[[nn.Module, Any], Any] | None = None
+) -> tuple[LayerCost, ...]:
+    """Count what each layer of ``model`` does for one batch; in eval mode, without gradients.
+
+    Functions called in a layer's ``forward`` count for that layer. Bytes are those of PyTorch's eager mode: every
+    operation reads its inputs and writes its output, so nothing is fused and nothing stays in a cache. Of quantized
+    layers the weights count with their bits; their steps, and fewer bytes of quantized inputs, do not.
+
+    Args:
+        model: Any network; it is left as it was.
+        batch: What it reads.
+        run: Lets the model read a batch. Default: ``model(batch)``, ``model(*inputs)`` of ``(inputs..., labels)``
+            with only the first one, or ``model(**batch)`` of a mapping.
+
+    Returns:
+        One entry per layer that did something, in the order of the first use.
+
+    Example:
+        >>> [cost] = count_costs(nn.Sequential(nn.Linear(4, 2, bias=False)), torch.zeros(3, 4))
+        >>> cost.name, cost.calls, cost.flops, cost.weight_bytes, cost.activation_bytes
+        ('0', 1, 48, 32, 72)
+    """
+    counter = _Counter(model)
+    with ExitStack() as stack:
+        stack.enter_context(inference(model))
+        stack.enter_context(full_precision(model))
+        stack.enter_context(_without_fused_attention())
+        stack.callback(counter.remove)
+        stack.enter_context(counter.flops)
+        stack.enter_context(counter)
+        (run or _run)(model, batch)
+    return tuple(cost for cost in counter.costs.values() if cost.calls)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers; the weights of quantized layers packed at their bits, their steps included."""
+    if quantized_layers(model):
+        return size_report(model).bytes
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+class _Counter(TorchDispatchMode):
+    """Books every operation on the innermost layer that is running."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
+        self.costs: dict[str, LayerCost] = {}
+        self._running: list[str] = []
+        self._weights: dict[int, int] = {}  # bits of a value, by where it is stored
+        self._bits: dict[str, tuple[int, int]] = {}
+        quantized = quantized_layers(model)
+        own = next((8 * p.element_size() for p in model.parameters() if p.is_floating_point()), 32)
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._weights[_place(tensor)] = 8 * tensor.element_size()
+        for name, layer in quantized.items():
+            self._weights[_place(layer.weight)] = layer.weight_bits
+            self._bits[name] = (layer.weight_bits, max(layer.weight_bits, layer.activation_bits or own))
+        self._own = own
+        self._handles = []
+        for name, module in model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(_Enter(self, name or ROOT), prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def enter(self, name: str, module: nn.Module) -> None:
+        self._running.append(name)
+        if name not in self.costs:
+            weight, compute = self._bits.get(name, (self._own, self._own))
+            kind = type(module).__name__.removeprefix("Quantized")
+            self.costs[name] = LayerCost(name, kind, weight_bits=weight, compute_bits=compute)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._running.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.flops.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        cost = self.costs.get(self._running[-1]) if self._running else None
+        read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        written = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        if cost is None or _is_view(func, read, written):
+            return result
+        cost.calls += 1
+        flops = self.flops.get_total_flops() - before
+        cost.flops += flops
+        if "convolution" in func.name():
+            cost.convolution_flops += flops
+            cost.padded_flops += flops * _padding(args[1].shape, args[8])
+        for value in read:
+            if (bits := self._weights.get(_place(value))) is not None:
+                cost.weight_bytes += value.numel() * bits / 8
+            else:
+                cost.activation_bytes += value.numel() * value.element_size()
+        cost.activation_bytes += sum(value.numel() * value.element_size() for value in written)
+        return result
+
+
+@dataclass
+class _Enter:
+    counter: _Counter
+    name: str
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        self.counter.enter(self.name, module)
+
+
+def _padding(weight: torch.Size, groups: int) -> float:
+    """How many times more a convolution computes with its channels in whole blocks; depthwise, groups are channels."""
+    outputs, inputs = weight[0] // groups, weight[1]
+    if groups > 1 and outputs == inputs == 1:
+        return align_channels(groups, _BLOCK, mode="ceil") / groups
+    padded = align_channels(outputs, _BLOCK, mode="ceil") * align_channels(inputs, _BLOCK, mode="ceil")
+    return padded / (outputs * inputs)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Of shapes ``(B, H, T, D)``, ``(B, H, S, D)`` and ``(B, H, S, V)``: two products of matrices."""
+    batch, heads, length, width = query
+    return int(2 * batch * heads * length * key[2] * (width + value[3]))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_view(func: Any, read: list[Tensor], written: list[Tensor]) -> bool:
+    """Whether nothing was moved: the result lies where an input does, and that was not changed."""
+    if func._schema.is_mutable or not written:
+        return not written
+    places = {_place(value) for value in read}
+    return all(_place(value) in places for value in written)
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """Layers of ``nn.Transformer…`` run as one operation that no counter knows unless this is off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
