@@ -160,6 +160,11 @@ def test_binary_and_ternary_are_the_known_numbers(golden):
     assert binary_quantize(torch.tensor([0.0, 2.0]))[0].tolist() == [1, 1]
 
 
+def test_ternary_threshold_is_seven_tenths_of_the_mean_magnitude():
+    assert ternary_quantize(torch.tensor([1.0, -1.0, 0.60]))[0].tolist() == [1, -1, 0]  # 0.60 < 0.7 * 0.8667
+    assert (ternary_quantize(torch.tensor([1.0, -1.0, 0.62]))[0] != 0).all()  # 0.62 > 0.7 * 0.8733
+
+
 def test_binary_alpha_has_the_least_squared_error():
     w = torch.randn(50, dtype=torch.float64)
     best = (w - binary_quantize(w)[0]).square().sum()
