@@ -35,7 +35,7 @@ def shortened(configuration):
     """The same configuration, but a few batches long."""
     shared = [configuration.get(key, {}) for key in ("common", "base")]
     parts = [configuration, *shared, *configuration.get("reference", {}).values()]
-    for part in [*parts, *configuration.get("methods", {}).values()]:
+    for part in [*parts, *configuration.get("methods", {}).values(), *configuration.get("stages", {}).values()]:
         if "trainer" in part:
             part["trainer"].pop("max_steps", None)
             part["trainer"].update(max_epochs=1, limit_train_batches=2, limit_val_batches=1, limit_test_batches=1)
@@ -126,6 +126,13 @@ def test_every_printed_command_of_ours_runs(examples):
         folder = Path(yaml.safe_load(Path(line[2]).read_text())["folder"])
         assert len((folder / "results.csv").read_text().splitlines()) == 3
         assert (folder / "history.png").exists()
+    pipelines = [line for line in ours if line[0].startswith("pipeline")]
+    assert {line[0] for line in pipelines} == {"pipeline", "pipeline-async"}
+    for line in pipelines:
+        if line[0] == "pipeline":  # tests/pipeline/test_asynchronous.py starts the processes of the other
+            main(line)
+            folder = Path(yaml.safe_load(Path(line[2]).read_text())["folder"])
+            assert (folder / "report.png").stat().st_size > 0
     for line in ours:
         if line[0] == "compare" and not missing_package(line):
             main([*line, "--seeds", "2", "--wandb", "off"])
