@@ -132,7 +132,11 @@ def test_every_printed_command_of_ours_runs(examples):
             comparison = Comparison.load(folder)
             assert len(comparison.runs) == 2 * len(comparison.methods)
             assert {path.name for path in Path(folder).glob("*.png")} >= {"results.png", "gain.png"}
-    known = {"fit", "compare", "cache", "search", "export"}
+    for line in ours:
+        if line[0] == "pipeline":
+            main(line)
+            assert list(Path(yaml.safe_load(Path(line[2]).read_text())["folder"]).glob("*.png"))
+    known = {"fit", "compare", "cache", "search", "export", "pipeline", "pipeline-async"}  # the last: tests/pipeline
     assert {line[0] for line in ours} <= known
 
 
