@@ -58,7 +58,7 @@ def distillation(student: nn.Module, teacher: nn.Module | None, alpha: float, ep
 @torch.no_grad()
 def accuracy(network: nn.Module, data: MNIST1DDataModule) -> float:
     network.eval()
-    right = [(network(batch["x"]).argmax(-1) == batch["y"]).float() for batch in data.test_dataloader()]
+    right = [(network(batch[0]).argmax(-1) == batch[1]).float() for batch in data.test_dataloader()]
     return 100 * torch.cat(right).mean().item()
 
 
@@ -77,7 +77,7 @@ def main() -> None:
         teacher = ResNet1d()
         train(distillation(teacher, None, 1.0, options.teacher_epochs), data, options.teacher_epochs)
         found.setdefault("teacher", []).append(accuracy(teacher, data))
-        batches = [batch["x"] for batch, _ in zip(data.train_dataloader(), range(5), strict=False)]
+        batches = [batch[0] for batch, _ in zip(data.train_dataloader(), range(5), strict=False)]
         aware, plain, scratch = (copy.deepcopy(teacher) for _ in range(3))
         report = factorize(aware, parameters=options.parameters, batches=batches)
         ranks = {layer.name: layer.rank for layer in report.layers if layer.rank is not None}

@@ -116,6 +116,10 @@ def test_a_budget_is_kept_and_used(share):
     assert report.after == sum(p.numel() for i in (0, 2) for p in net[i].parameters() if p.ndim == 2)
 
 
+def test_a_large_budget_stops_at_break_even():
+    assert [layer.rank for layer in factorize(network(), parameters=0.999).layers] == [13, 19]
+
+
 def test_a_budget_goes_where_the_energy_is():
     net = network()
     with torch.no_grad():
