@@ -12,7 +12,7 @@ demo: $(VENV)/.package
 
 ## Lint, types and the tests that take seconds.
 test: lint
-	$(RUN)/python -m pytest -n 2 -m "not slow"
+	$(RUN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 	$(RUN)/python scripts/chapter.py --check
 
 ## Everything, also what takes minutes.
