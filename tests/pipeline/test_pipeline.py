@@ -75,7 +75,7 @@ def test_each_stage_learns_from_the_best_of_the_one_before(done, tmp_path):
     assert seen == ["teacher", "assistant"]
 
 
-@pytest.mark.chapter("C14", api='lightning_distill.ProgressiveStage(transfer="direct")')
+@pytest.mark.chapter("C14", api="lightning_distill.ProgressiveStage")
 def test_a_pipeline_is_kd_again_and_again(done):
     folder, _, _ = done
     taught = None
@@ -299,7 +299,7 @@ def earlier(*widths):
     return Earlier([EarlierStage(f"s{w}", net(w, seed=w).eval(), {"val/accuracy": 0.5 + w / 100}) for w in widths])
 
 
-@pytest.mark.chapter("C20", api='lightning_distill.ProgressiveStage(transfer="reuse")')
+@pytest.mark.chapter("C20", api="lightning_distill.ProgressiveStage")
 def test_reuse_weighs_the_stage_before_against_the_first():
     stages = earlier(16, 8, 6)
     module = ProgressiveStage(net(4), "reuse", reuse_alpha=0.7, earlier=stages)
@@ -337,7 +337,7 @@ def test_ensembles_are_weighted_by_what_is_asked_for():
     assert ProgressiveStage(net(4), member_weights=[3, 1], **options).teacher.shares == [0.75, 0.25]
 
 
-@pytest.mark.chapter("C15", api='lightning_distill.ProgressiveStage(transfer="residual")')
+@pytest.mark.chapter("C15", api="lightning_distill.ProgressiveStage")
 def test_residual_students_add_up(tmp_path):
     stages = [teacher(), *(student(name, 4, "residual", trainer={"max_epochs": 4}) for name in ("one", "two"))]
     Pipeline(stages).run(tmp_path, console=QUIET)
