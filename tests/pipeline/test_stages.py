@@ -132,7 +132,7 @@ def right_and_wrong(classes=3):
     return right, wrong
 
 
-@pytest.mark.chapter("C17", api='lightning_distill.ProgressiveStage(member_weights="learned")')
+@pytest.mark.chapter("C17", api="lightning_distill.ProgressiveStage")
 def test_the_weights_of_an_ensemble_are_learned_on_validation_data(make_trainer):
     right, wrong = right_and_wrong()
     stages = Earlier([EarlierStage("right", right), EarlierStage("wrong", wrong)])
