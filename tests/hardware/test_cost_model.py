@@ -40,7 +40,7 @@ def test_the_preset_of_arithmetic_alone_is_the_golden_one(golden):
             assert factor == speedup(bits)
 
 
-@pytest.mark.chapter("D50", api="lightning_distill.hardware.CostModel.energy")
+@pytest.mark.chapter("D50", api="lightning_distill.hardware.CostModel")
 def test_energy_counts_macs_and_accesses(golden):
     case = golden("energy_with_memory")
     model = CostModel(access_nanojoules=case.inputs["nj_mem"])
