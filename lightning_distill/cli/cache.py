@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import rich
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_distill.callbacks import CacheWriter
+from lightning_distill.cli.commands import use_configuration
 from lightning_distill.cli.trainer import DistillationCLI
 from lightning_distill.modules import DistillationModule, TeacherPrediction
 from lightning_distill.teachers import CachedTeacher
@@ -40,25 +40,7 @@ class CacheCLI(DistillationCLI):
 
 def run_cache(arguments: Sequence[str]) -> None:
     """Run ``cache -c CONFIG.yaml --cache.folder FOLDER``: write what the configuration's teacher says."""
-    before = sys.argv
-    try:
-        sys.argv = [before[0], *arguments[1:]]
-        cli = CacheCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=42,
-            run=False,
-        )
-        sys.argv = [before[0], *arguments]  # the Trainer starts the other processes of a distributed run from it
-        try:
-            _predict(cli)
-        except (ValueError, TypeError) as error:
-            sys.exit(f"lightning-distill cache: {error}")
-    finally:
-        sys.argv = before
+    use_configuration(CacheCLI, arguments, _predict)
 
 
 def _predict(cli: CacheCLI) -> None:

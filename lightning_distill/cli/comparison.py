@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import rich
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_distill.callbacks
@@ -19,6 +18,7 @@ import lightning_distill.losses
 import lightning_distill.modules
 import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401  (with the rooms imported, YAML may use class names without their path)
+from lightning_distill.cli.commands import call_with_options
 from lightning_distill.cli.unparsed import Unparsed
 from lightning_distill.comparison import Comparison, Experiment, compare
 
@@ -27,15 +27,7 @@ PARTS = ("model", "data", "trainer")
 
 def run_comparison(arguments: Sequence[str]) -> None:
     """Run ``compare -c COMPARISON.yaml`` and print the table."""
-    parser = ArgumentParser(prog="lightning-distill compare", description=compare_configured.__doc__)
-    parser.add_argument("-c", "--config", action="config", help="Path of a YAML file with the options below.")
-    parser.add_function_arguments(compare_configured)
-    options = parser.parse_args(list(arguments)[1:])
-    options.pop("config")
-    try:
-        comparison = compare_configured(**options.as_dict())
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        sys.exit(f"lightning-distill compare: {error}")
+    comparison = call_with_options(compare_configured, arguments)
     rich.print(comparison)
     rich.print(f"Table, plots and runs are in [bold]{comparison.folder}[/bold].")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_distill.cli.commands import use_configuration
 from lightning_distill.cli.trainer import DistillationCLI
 from lightning_distill.files import write_text
 from lightning_distill.hardware import calibrate_cost_model, cost_model
@@ -40,24 +40,7 @@ class CostCLI(DistillationCLI):
 
 def run_cost(arguments: Sequence[str]) -> None:
     """Run ``cost -c CONFIG.yaml``: estimate latency, energy and size of the student for one training batch."""
-    before = sys.argv
-    try:
-        sys.argv = [before[0], *arguments[1:]]
-        cli = CostCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=42,
-            run=False,
-        )
-    finally:
-        sys.argv = before
-    try:
-        _estimate(cli)
-    except (ValueError, TypeError) as error:
-        sys.exit(f"lightning-distill cost: {error}")
+    use_configuration(CostCLI, arguments, _estimate)
 
 
 def _estimate(cli: CostCLI) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
+from lightning_distill.cli.commands import use_configuration
 from lightning_distill.cli.trainer import DistillationCLI
 from lightning_distill.export import standalone
 from lightning_distill.modules import DistillationModule
@@ -51,24 +51,8 @@ class ExportCLI(DistillationCLI):
 
 def run_export(arguments: Sequence[str]) -> None:
     """Run ``export -c CONFIG.yaml --ckpt CHECKPOINT --path FILE``; prints size, exactness and, of ONNX, speed."""
-    before = sys.argv
-    try:
-        sys.argv = [before[0], *arguments[1:]]
-        cli = ExportCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=42,
-            run=False,
-        )
-        try:
-            _export(cli)
-        except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
-            sys.exit(f"lightning-distill export: {error}")
-    finally:
-        sys.argv = before
+    errors = (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError)
+    use_configuration(ExportCLI, arguments, _export, errors=errors)
 
 
 def _export(cli: ExportCLI) -> None:

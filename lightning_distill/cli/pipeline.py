@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import rich
-from jsonargparse import ArgumentParser
 
+from lightning_distill.cli.commands import call_with_options
 from lightning_distill.cli.comparison import (
     PARTS,
     ConfiguredMethod,
@@ -28,24 +27,16 @@ SETTINGS = ("monitor", "mode", "save_every_n_steps")
 
 def run_pipeline(arguments: Sequence[str]) -> None:
     """Run ``pipeline -c PIPELINE.yaml`` and print the table."""
-    _run("pipeline", pipeline_configured, arguments)
+    _show(call_with_options(pipeline_configured, arguments))
 
 
 def run_asynchronous_pipeline(arguments: Sequence[str]) -> None:
     """Run ``pipeline-async -c PIPELINE.yaml`` and print the table."""
-    _run("pipeline-async", asynchronous_configured, arguments)
+    errors = (ValueError, TypeError, OSError, RuntimeError)
+    _show(call_with_options(asynchronous_configured, arguments, errors=errors))
 
 
-def _run(command: str, function: Callable[..., PipelineReport], arguments: Sequence[str]) -> None:
-    parser = ArgumentParser(prog=f"lightning-distill {command}", description=function.__doc__)
-    parser.add_argument("-c", "--config", action="config", help="Path of a YAML file with the options below.")
-    parser.add_function_arguments(function)
-    options = parser.parse_args(list(arguments)[1:])
-    options.pop("config")
-    try:
-        report = function(**options.as_dict())
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"lightning-distill {command}: {error}")
+def _show(report: PipelineReport) -> None:
     if first_process():
         rich.print(report)
         rich.print(f"Networks, checkpoints and plot are in [bold]{report.folder}[/bold].")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import rich
 import yaml
-from jsonargparse import ArgumentParser
 
+from lightning_distill.cli.commands import call_with_options
 from lightning_distill.cli.comparison import (
     ConfiguredMethod,
     experiment_parser,
@@ -31,16 +30,7 @@ MOST_OF_FRONT = 4
 
 def run_search(arguments: Sequence[str]) -> None:
     """Run ``search -c SEARCH.yaml``, print the best trials and how to confirm them."""
-    summary = (search_configured.__doc__ or "").split("Args:")[0]
-    parser = ArgumentParser(prog="lightning-distill search", description=summary)
-    parser.add_argument("-c", "--config", action="config", help="Path of a YAML file with the options below.")
-    parser.add_function_arguments(search_configured)
-    options = parser.parse_args(list(arguments)[1:])
-    options.pop("config")
-    try:
-        found = search_configured(**options.as_dict())
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"lightning-distill search: {error}")
+    found = call_with_options(search_configured, arguments, errors=(ValueError, TypeError, OSError, ImportError))
     rich.print(found)
     rich.print(f"All trials and plots are in [bold]{found.folder}[/bold].")
     if found.complete:

@@ -48,7 +48,7 @@ class Pipeline:
         taken: dict[str, str] = {}
         for stage in stages:
             other = taken.setdefault(slug(stage.name), stage.name)
-            if other is not stage.name or [s.name for s in stages].count(stage.name) > 1:
+            if other != stage.name or [s.name for s in stages].count(stage.name) > 1:
                 raise ValueError(
                     f"The stages {other!r} and {stage.name!r} would share the folder {slug(stage.name)!r}; rename one."
                 )
