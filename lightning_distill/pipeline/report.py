@@ -74,7 +74,7 @@ class PipelineReport:
         write_json(self.folder / REPORT, content)
 
     def plot(self) -> Path:
-        """Write ``report.png``: the metric of each stage over its parameters.
+        """Write ``report.png``: the metric of each stage over the size of its weights.
 
         Returns:
             Its path.
@@ -85,11 +85,11 @@ class PipelineReport:
         figure = Figure(figsize=(6, 4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        points = [(stage.name, stage.parameters, stage.metric) for stage in self.stages if stage.metric is not None]
+        points = [(stage.name, stage.bytes / 1e3, stage.metric) for stage in self.stages if stage.metric is not None]
         axes.plot([size for _, size, _ in points], [metric for _, _, metric in points], "o-")
         for name, size, metric in points:
             axes.annotate(name, (size, metric), textcoords="offset points", xytext=(6, 6))
-        axes.set(xscale="log", xlabel="parameters", ylabel=self.monitor, title="Stages, from the first to the last")
+        axes.set(xscale="log", xlabel="weights, kB", ylabel=self.monitor, title="Stages, from the first to the last")
         axes.margins(x=0.25, y=0.15)  # room for the names
         axes.grid(alpha=0.3)
         path = self.folder / PLOT
