@@ -8,7 +8,13 @@ from lightning_distill.cli.commands import call_with_options, use_configuration
 from lightning_distill.cli.trainer import DistillationCLI
 
 LINE = ["cache", "--model", "KD", "--model.alpha", "1.0", "--data", "MNIST1DDataModule"]
-LINE += ["--model.student", "torch.nn.Linear", "--model.student.in_features=4", "--model.student.out_features=3"]
+LINE += [
+    "--trainer.logger=false",
+    "--model.student",
+    "torch.nn.Linear",
+    "--model.student.in_features=4",
+    "--model.student.out_features=3",
+]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI with jsonargparse 4.53
 
 
