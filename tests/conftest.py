@@ -57,7 +57,9 @@ def golden():
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same random numbers for every test, whatever ran before."""
+    """The same random numbers for every test, and for the processes that it starts, whatever ran before."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything leaves them behind
+        os.environ.pop(name, None)
     torch.manual_seed(0)
 
 
