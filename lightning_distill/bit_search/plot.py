@@ -16,14 +16,14 @@ def plot_search(result: BitSearchResult, path: str | Path) -> None:
     """Draw divergence against bits per weight of all plans that were tried, and the bits of each layer, into a PNG."""
     from matplotlib.figure import Figure
 
-    weights = sum(result.sizes.values())
     layers = list(result.plan)[:SHOWN]
+    unit = "bits per weight" if result.unit == "bits" else f"{result.unit} for a batch"
     figure = Figure(figsize=(10, max(4.0, 1.4 + 0.25 * len(layers))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     smallest = min((trial.loss for trial in result.trials if trial.loss > 0), default=1e-6)
 
     def place(trials: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-        return [cost / weights for cost, _ in trials], [max(loss, smallest) for _, loss in trials]
+        return [result.in_all(cost) for cost, _ in trials], [max(loss, smallest) for _, loss in trials]
 
     left.scatter(*place([(t.cost, t.loss) for t in result.trials]), s=14, color=GREY, linewidths=0, label="tried")
     uniform = [(t.cost, t.loss) for t in result.trials if len(set(t.plan.values())) == 1]
@@ -32,11 +32,13 @@ def plot_search(result: BitSearchResult, path: str | Path) -> None:
             *place(uniform), s=36, marker="s", color=ORANGE, linewidths=0, label="the same bits everywhere", zorder=3
         )
     left.step(*place([(t.cost, t.loss) for t in result.front()]), where="post", color=BLUE, label="front", zorder=2)
-    left.plot(
-        *place([(result.effective_bits * weights, result.loss)]), "*", color=RED, markersize=15, label="plan", zorder=4
-    )
+    left.plot([result.cost], [max(result.loss, smallest)], "*", color=RED, markersize=15, label="plan", zorder=4)
     left.axvline(result.budget, color=GREY, linestyle="--", linewidth=1, label="budget")
-    left.set(yscale="log", xlabel="bits per weight", ylabel="divergence from full precision")
+    left.set(
+        yscale="log",
+        xlabel=unit,
+        ylabel="divergence from full precision",
+    )
     left.grid(alpha=0.3)
     left.legend(fontsize="small")
     bars = right.barh(range(len(layers)), [result.plan[layer] for layer in layers], color=BLUE)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_distill.bit_search.allocate import Plan
+from lightning_distill.bit_search.budgets import Unit
 from lightning_distill.bit_search.pareto import pareto_front
 from lightning_distill.bit_search.rounding import effective_bits
 from lightning_distill.bit_search.trials import Trial
@@ -21,10 +22,12 @@ class BitSearchResult:
     Attributes:
         plan: Bits by layer.
         loss: Divergence of the network with this plan from itself.
-        budget: Largest mean number of bits per weight that was allowed.
+        budget: What was allowed: bits per weight in the mean, or seconds or joules of the whole network.
         sizes: Elements of each layer's weight.
         errors: What each layer alone does at each number of bits.
-        trials: All plans that were tried, the chosen one among them; costs are in bits.
+        trials: All plans that were tried, the chosen one among them; their costs are those of the searched layers.
+        unit: Of costs: ``"bits"`` of storage, or ``"seconds"`` or ``"joules"`` for a batch, as a cost model says.
+        rest: Cost of what was not searched.
     """
 
     plan: Plan
@@ -33,6 +36,8 @@ class BitSearchResult:
     sizes: dict[str, int]
     errors: dict[str, dict[int, float]]
     trials: Sequence[Trial]
+    unit: Unit = "bits"
+    rest: float = 0.0
 
     @property
     def effective_bits(self) -> float:
@@ -43,6 +48,15 @@ class BitSearchResult:
     def bytes(self) -> int:
         """Storage of the planned weights, without steps, rounded up."""
         return -(-sum(self.sizes[layer] * bits for layer, bits in self.plan.items()) // 8)
+
+    @property
+    def cost(self) -> float:
+        """Of the plan, to be compared with ``budget``."""
+        return self.in_all(next(trial.cost for trial in self.trials if trial.plan == self.plan))
+
+    def in_all(self, cost: float) -> float:
+        """The cost of a trial, to be compared with ``budget``."""
+        return cost / sum(self.sizes.values()) if self.unit == "bits" else cost + self.rest
 
     def front(self) -> list[Trial]:
         """Trials that no other beats in both loss and cost, by rising cost."""
@@ -57,10 +71,12 @@ class BitSearchResult:
         for layer, bits in self.plan.items():
             row = "  ".join(f"{self.errors[layer].get(b, float('nan')):>11.3g}" for b in choices)
             lines.append(f"{layer:<{width}}  {self.sizes[layer]:>9}  {bits:>4}  {row}")
-        lines.append(
-            f"{self.effective_bits:.3f} bits per weight (budget {self.budget:g}), {self.bytes} bytes, divergence "
-            f"{self.loss:.4g}, {len(self.trials)} plans tried"
-        )
+        spent = f"{self.effective_bits:.3f} bits per weight"
+        if self.unit == "bits":
+            spent += f" (budget {self.budget:g})"
+        else:
+            spent = f"{self.cost:.4g} {self.unit} (budget {self.budget:g}), {spent}"
+        lines.append(f"{spent}, {self.bytes} bytes, divergence {self.loss:.4g}, {len(self.trials)} plans tried")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from lightning_distill.bit_search.allocate import Table, allocate_bits
+from lightning_distill.bit_search.budgets import FLOAT, Budget
 from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.result import BitSearchResult
 from lightning_distill.bit_search.rounding import RoundedWeights, check_bits
@@ -21,6 +23,7 @@ from lightning_distill.bit_search.trials import (
     refine,
     try_allocations,
 )
+from lightning_distill.hardware import CostModel
 from lightning_distill.quantization import quantized_layers
 from lightning_distill.tasks import Classification, Task
 
@@ -34,6 +37,9 @@ def search_bits(
     *,
     effective_bits: float | None = None,
     max_bytes: float | None = None,
+    max_latency: float | None = None,
+    max_energy: float | None = None,
+    cost_model: CostModel | str | Path | None = None,
     bits: Sequence[int] = (2, 4, 8),
     layers: Sequence[str] | None = None,
     sensitivity: Sensitivity = "kl",
@@ -55,7 +61,12 @@ def search_bits(
             :func:`~lightning_distill.quantization.prepare` (and calibrated): then as its layers do it.
         batches: What outputs are compared on; a few hundred samples of training data, say.
         effective_bits: Largest mean number of bits per weight of the searched layers.
-        max_bytes: Largest storage of their weights, steps not counted. Exactly one of the two.
+        max_bytes: Largest storage of their weights, steps not counted.
+        max_latency: Most seconds of the whole network for the first of ``batches``, by ``cost_model``.
+        max_energy: Most joules of the whole network for the first of ``batches``, by ``cost_model``. Exactly one of the
+            four budgets.
+        cost_model: A :class:`~lightning_distill.hardware.CostModel`, a preset or the file of one. Fewer bits are fewer
+            bytes to it, and faster arithmetic only as far as its ``speedups`` say.
         bits: Numbers of bits to choose from: 2 to 16, or those of the quantized layers, 1 to 8, 16 and 32.
         layers: Names of the searched layers; by default all linear, convolution and embedding layers, or all that are
             quantized.
@@ -71,18 +82,19 @@ def search_bits(
         task: How a batch is read. Default :class:`~lightning_distill.tasks.Classification`.
 
     Raises:
-        ValueError: If the budget is below the fewest bits or above 32, not exactly one budget is given, there is no
+        ValueError: If no plan is within the budget or full precision is, not exactly one budget is given, there is no
             such layer, or another argument is outside its range.
     """
-    check_search(effective_bits, max_bytes, bits, sensitivity, refinement, points)
+    budget = Budget(effective_bits, max_bytes, max_latency, max_energy, cost_model)
+    check_search(budget, bits, sensitivity, refinement, points)
     task = Classification() if task is None else task
     batches = list(batches)
     kind = QuantizedWeights if quantized_layers(network) else RoundedWeights
     rounded = kind(network, bits, layers)
-    weights = sum(rounded.sizes.values())
-    budget = effective_bits * weights if effective_bits is not None else 8 * (max_bytes or 0.0)
-    check_budget(budget / weights, bits, "max_bytes" if effective_bits is None else "effective_bits")
-    trials = Trials(PlanLoss(network, rounded, batches, task), rounded.costs)
+    loss = PlanLoss(network, rounded, batches, task)
+    costs = budget.costs(network, batches[0], rounded.sizes, rounded.bits, task.run)
+    limit = budget.limit(costs)
+    trials = Trials(loss, costs.table)
     errors: Table
     if sensitivity == "kl":
         errors = layer_errors(trials)
@@ -94,16 +106,19 @@ def search_bits(
         trials(dict.fromkeys(rounded.sizes, choice))  # what the plan has to beat
     if points:
         try_allocations(trials, errors, budgets_between(trials.costs, points))
-    trials(allocate_bits(errors, trials.costs, budget))
-    _REFINEMENTS[refinement](trials, budget, evaluations, seed)
-    best = trials.best(budget)
+    trials(allocate_bits(errors, trials.costs, limit))
+    _REFINEMENTS[refinement](trials, limit, evaluations, seed)
+    best = trials.best(limit)
+    weights = sum(rounded.sizes.values())
     return BitSearchResult(
         plan=best.plan,
         loss=best.loss,
-        budget=budget / weights,
+        budget=limit / weights if budget.unit == "bits" else budget.value,
         sizes=rounded.sizes,
         errors={layer: dict(row) for layer, row in errors.items()},
         trials=trials.done,
+        unit=budget.unit,
+        rest=costs.rest,
     )
 
 
@@ -127,39 +142,20 @@ _REFINEMENTS: dict[str, Callable[[Trials, float, int, int], Any]] = {
 }
 
 
-def check_search(
-    effective_bits: float | None,
-    max_bytes: float | None,
-    bits: Sequence[int],
-    sensitivity: str,
-    refinement: str,
-    points: int,
-) -> None:
+def check_search(budget: Budget, bits: Sequence[int], sensitivity: str, refinement: str, points: int) -> None:
     """Refuse settings that no network could be searched with; see :func:`search_bits`."""
     check_bits(bits)
-    if (effective_bits is None) == (max_bytes is None):
+    if budget.name == "effective_bits" and not min(bits) <= budget.value <= FLOAT:
+        limit = f"below the fewest bits, {min(bits)}" if not budget.value > FLOAT else "above float32"
         raise ValueError(
-            f"Give exactly one budget, `effective_bits` or `max_bytes`, got {effective_bits} and {max_bytes}."
+            f"`effective_bits` is {budget.value:g}, which is {limit}. Choose a budget from {min(bits)} to {FLOAT}."
         )
-    if effective_bits is not None:
-        check_budget(effective_bits, bits, "effective_bits")
-    elif max_bytes is not None and not max_bytes > 0:
-        raise ValueError(f"`max_bytes` must be positive, got {max_bytes}.")
     if sensitivity not in ("kl", "fisher", "weights"):
         raise ValueError(f"`sensitivity` must be 'kl', 'fisher' or 'weights', got {sensitivity!r}.")
     if refinement not in _REFINEMENTS:
         raise ValueError(f"`refinement` must be one of {list(_REFINEMENTS)}, got {refinement!r}.")
     if points != 0 and not points >= 2:
         raise ValueError(f"`points` must be 0 or at least 2, got {points}.")
-
-
-def check_budget(mean: float, bits: Sequence[int], name: str) -> None:
-    """Refuse a mean number of bits that no plan has, or that is no saving."""
-    if not min(bits) <= mean <= 32:
-        limit = f"below the fewest bits, {min(bits)}" if not mean > 32 else "above float32"
-        raise ValueError(
-            f"`{name}` allows {mean:.4g} bits per weight, which is {limit}. Choose a budget from {min(bits)} to 32."
-        )
 
 
 __all__ = ["Refinement", "Sensitivity", "check_search", "search_bits"]

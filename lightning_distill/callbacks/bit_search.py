@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_distill.bit_search import BitSearchResult, search_bits
+from lightning_distill.bit_search.budgets import Budget
 from lightning_distill.bit_search.search import Refinement, Sensitivity, check_search
+from lightning_distill.hardware import CostModel
 from lightning_distill.modules import DistillationModule
 from lightning_distill.quantization import quantized_layers, set_bits
 
@@ -30,7 +32,11 @@ class BitSearch(L.Callback):
 
     Args:
         effective_bits: Largest mean number of bits per weight of the searched layers.
-        max_bytes: Largest storage of their weights, steps not counted. Exactly one of the two.
+        max_bytes: Largest storage of their weights, steps not counted.
+        max_latency: Most seconds of the whole student for a batch, by ``cost_model``.
+        max_energy: Most joules of the whole student for a batch, by ``cost_model``. Exactly one of the four budgets.
+        cost_model: A :class:`~lightning_distill.hardware.CostModel`, ``"ideal"``, ``"compute"`` or the file of a
+            calibration (``lightning-distill cost`` writes one).
         bits: Numbers of bits to choose from.
         layers: Names of the student's layers; by default all that are quantized, or all linear, convolution and
             embedding layers.
@@ -63,6 +69,9 @@ class BitSearch(L.Callback):
         bits: Sequence[int] = (2, 4, 8),
         layers: Sequence[str] | None = None,
         *,
+        max_latency: float | None = None,
+        max_energy: float | None = None,
+        cost_model: str | CostModel | None = None,  # a file of one is a text to the command line
         sensitivity: Sensitivity = "kl",
         refinement: Refinement = "neighbours",
         points: int = 14,
@@ -74,7 +83,8 @@ class BitSearch(L.Callback):
         apply: Callable[[nn.Module, dict[str, int]], Any] | None = None,
         folder: str | None = None,
     ) -> None:
-        check_search(effective_bits, max_bytes, bits, sensitivity, refinement, points)
+        budget = Budget(effective_bits, max_bytes, max_latency, max_energy, cost_model)
+        check_search(budget, bits, sensitivity, refinement, points)
         for name, value, least in (
             ("start_step", start_step, 0),
             ("samples", samples, 1),
@@ -85,6 +95,9 @@ class BitSearch(L.Callback):
         self.settings: dict[str, Any] = {
             "effective_bits": effective_bits,
             "max_bytes": max_bytes,
+            "max_latency": max_latency,
+            "max_energy": max_energy,
+            "cost_model": budget.model,
             "bits": tuple(bits),
             "layers": layers,
             "sensitivity": sensitivity,

@@ -187,12 +187,14 @@ bounds. They are no machine's numbers: see :func:`~lightning_distill.hardware.ca
 """
 
 
-def cost_model(name: str | Path) -> CostModel:
-    """A preset by its name, or the model that a JSON file holds.
+def cost_model(name: str | Path | CostModel) -> CostModel:
+    """A preset by its name, or the model that a JSON file holds; a cost model is returned as it is.
 
     Raises:
         ValueError: If there is neither.
     """
+    if isinstance(name, CostModel):
+        return name
     if str(name) in PRESETS:
         return PRESETS[str(name)]
     if not Path(name).is_file():

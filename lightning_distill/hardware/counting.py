@@ -58,7 +58,11 @@ class LayerCost:
 
 
 def count_costs(
-    model: nn.Module, batch: Any, *, run: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module,
+    batch: Any,
+    *,
+    run: Callable[[nn.Module, Any], Any] | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> tuple[LayerCost, ...]:
     """Count what each layer of ``model`` does for one batch; in eval mode, without gradients.
 
@@ -71,6 +75,7 @@ def count_costs(
         batch: What it reads.
         run: Lets the model read a batch. Default: ``model(batch)``, ``model(*inputs)`` of ``(inputs..., labels)``
             with only the first one, or ``model(**batch)`` of a mapping.
+        bits: Layers, by name, whose weights count as if they had so many bits.
 
     Returns:
         One entry per layer that did something, in the order of the first use.
@@ -80,7 +85,7 @@ def count_costs(
         >>> cost.name, cost.calls, cost.flops, cost.weight_bytes, cost.activation_bytes
         ('0', 1, 48, 32, 72)
     """
-    counter = _Counter(model)
+    counter = _Counter(model, bits or {})
     with ExitStack() as stack:
         stack.enter_context(inference(model))
         stack.enter_context(full_precision(model))
@@ -102,7 +107,7 @@ def stored_bytes(model: nn.Module) -> int:
 class _Counter(TorchDispatchMode):
     """Books every operation on the innermost layer that is running."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, bits: Mapping[str, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
         self.costs: dict[str, LayerCost] = {}
@@ -113,9 +118,11 @@ class _Counter(TorchDispatchMode):
         own = next((8 * p.element_size() for p in model.parameters() if p.is_floating_point()), 32)
         for tensor in (*model.parameters(), *model.buffers()):
             self._weights[_place(tensor)] = 8 * tensor.element_size()
-        for name, layer in quantized.items():
-            self._weights[_place(layer.weight)] = layer.weight_bits
-            self._bits[name] = (layer.weight_bits, max(layer.weight_bits, layer.activation_bits or own))
+        plan = {name: layer.weight_bits for name, layer in quantized.items()} | dict(bits)
+        for name, weight in plan.items():
+            layer: Any = model.get_submodule(name)
+            self._weights[_place(layer.weight)] = weight
+            self._bits[name] = (weight, max(weight, getattr(layer, "activation_bits", None) or own))
         self._own = own
         self._handles = []
         for name, module in model.named_modules():

@@ -216,10 +216,10 @@ def test_bad_settings_are_refused():
     network, batches = trained()
     cases = {
         "Give exactly one budget": {},
-        "allows 1.5 bits per weight, which is below the fewest bits, 2": {"effective_bits": 1.5},
-        "allows 40 bits per weight, which is above float32": {"effective_bits": 40},
-        "`max_bytes` allows 0.4167 bits per weight": {"max_bytes": 10},
-        "`max_bytes` must be positive, got 0": {"max_bytes": 0},
+        "`effective_bits` is 1.5, which is below the fewest bits, 2": {"effective_bits": 1.5},
+        "`effective_bits` is 40, which is above float32": {"effective_bits": 40},
+        "`max_bytes` is 10, but the cheapest plan needs 48": {"max_bytes": 10},
+        "`max_bytes` must be positive and finite, got 0": {"max_bytes": 0},
         "`sensitivity` must be 'kl', 'fisher' or 'weights', got 'hessian'": {
             "effective_bits": 4,
             "sensitivity": "hessian",

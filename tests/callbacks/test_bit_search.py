@@ -18,7 +18,8 @@ from lightning_distill.bit_search import BitSearchResult, search_bits
 from lightning_distill.callbacks import BitSearch
 from lightning_distill.callbacks.bit_search import training_samples
 from lightning_distill.cli import main
-from lightning_distill.networks import NoisyInput
+from lightning_distill.hardware import CostModel, count_costs
+from lightning_distill.networks import ConvNet1d, NoisyInput
 from lightning_distill.quantization import quantized_layers, size_report
 from tests.callbacks.bit_search_run import data, module, quantized_module, search
 
@@ -164,16 +165,21 @@ def test_bad_settings_are_refused_at_once(make_trainer):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_it_runs_from_the_command_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("unit", ["bits", "seconds"])
+def test_it_runs_from_the_command_line(tmp_path, monkeypatch, unit):
     monkeypatch.chdir(tmp_path)
+    CostModel(bandwidth=1.0).save(tmp_path / "machine.json")  # a byte takes a second
+    costs = count_costs(ConvNet1d((4, 4)), torch.zeros(64, 1, 40))
+    others = sum(cost.bytes for cost in costs) - 4 * 500  # all but the 500 weights
+    budgets = {"bits": "effective_bits: 3.0", "seconds": f"max_latency: {others + 190}, cost_model: machine.json"}
     (tmp_path / "fit.yaml").write_text(
-        """
+        f"""
 model:
   class_path: KD
   init_args:
     alpha: 1.0
-    student: {class_path: lightning_distill.networks.ConvNet1d, init_args: {widths: [4, 4]}}
-data: {class_path: MNIST1DDataModule}
+    student: {{class_path: lightning_distill.networks.ConvNet1d, init_args: {{widths: [4, 4]}}}}
+data: {{class_path: MNIST1DDataModule}}
 trainer:
   accelerator: cpu
   max_steps: 2
@@ -182,13 +188,16 @@ trainer:
   enable_progress_bar: false
   callbacks:
   - class_path: BitSearch
-    init_args: {effective_bits: 3.0, bits: [2, 4, 8], samples: 64, folder: plan, refinement: greedy}
+    init_args: {{{budgets[unit]}, bits: [2, 4, 8], samples: 64, folder: plan, refinement: greedy}}
 """
     )
     main(["fit", "-c", "fit.yaml"])
     found = json.loads((tmp_path / "plan" / "bits.json").read_text())
     assert list(found["plan"]) == ["blocks.0.0", "blocks.1.0", "head"]
-    assert BitSearchResult.from_dict(found).effective_bits <= 3.0
+    result = BitSearchResult.from_dict(found)
+    assert result.unit == unit
+    assert result.cost <= {"bits": 3.0, "seconds": others + 190}[unit]
+    assert result.bytes <= {"bits": 3 * 500 / 8, "seconds": 190}[unit]
 
 
 def test_a_quantized_student_gets_the_bits_and_goes_on_training(make_trainer, tmp_path):
