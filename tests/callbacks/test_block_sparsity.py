@@ -15,10 +15,11 @@ from torch import nn
 
 from lightning_distill import KD, FeatureKD, QADModule
 from lightning_distill.callbacks import BlockSparsity
-from lightning_distill.compression import block_masks, sparsity_report
+from lightning_distill.compression import block_masks, read_block_sparse, sparsity_report, write_block_sparse
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.networks import MLP
 from lightning_distill.quantization import QuantSpec, quantized_layers, set_bits
+from lightning_distill.sharding import ENTRANCE
 
 API = "lightning_distill.callbacks.BlockSparsity"
 SCRIPT = Path(__file__).with_name("block_sparsity_run.py")
@@ -304,6 +305,20 @@ def test_zeros_stay_zeros_through_quantization(make_trainer, spec):
         assert layer.quantized_weight().isfinite().all()
 
 
+def test_a_sparse_student_gets_few_bits_and_stays_sparse(make_trainer, tmp_path):
+    blocks, module = BlockSparsity(0.5, BLOCK, start_step=1, end_step=3), kd()
+    make_trainer(max_steps=4, max_epochs=-1, callbacks=[blocks]).fit(module, datamodule=data())
+    student, holding = module.export().train(), BlockSparsity(0.0, BLOCK, end_step=1)
+    module = QADModule(student, spec=QuantSpec(4), optimizer=partial(torch.optim.AdamW, lr=0.01))
+    make_trainer(max_steps=6, max_epochs=-1, callbacks=[holding]).fit(module, datamodule=data())
+    assert holding.report(module).block_sparsity == 0.5
+    written = write_block_sparse(module.student, tmp_path / "s.safetensors", BLOCK)
+    assert written.sparse["blocks.1.0.codes"] == (9, 18)
+    again = read_block_sparse(network(), tmp_path / "s.safetensors")
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(again(x), module.export()(x))
+
+
 @pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(1), QuantSpec("binary"), QuantSpec(4, scheme="seq")], ids=str)
 def test_levels_without_zero_are_refused(make_trainer, spec):
     trainer = make_trainer(max_steps=1, max_epochs=-1, callbacks=[BlockSparsity(0.5, BLOCK, end_step=1)])
@@ -350,11 +365,25 @@ def frozen():
     return student
 
 
+def spread():
+    module = kd()
+    setattr(module.student, ENTRANCE, lambda function: function())  # as spread weights have it
+    return module
+
+
+def with_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    return kd(student=get_peft_model(network(), LoraConfig(target_modules=["head"], r=2)))
+
+
 UNFIT = {
     "no module of ours": (BoringModel, {}, TypeError, "of a `DistillationModule` such as `KD`, but .* a BoringModel"),
     "too large": (kd, {"block": "avx512"}, ValueError, r"16x16 is larger than the layers 'blocks.0.0' \(12x8\)"),
     "unknown layer": (kd, {"layers": ["tail"]}, ValueError, "`layers` has 'tail', which fits no layer"),
     "nothing": (kd, {"skip": ["*"]}, ValueError, "has no layer to take blocks from"),
+    "spread": (spread, {}, ValueError, "spread over the processes, .* Use strategy='ddp'"),
+    "adapter": (with_adapter, {}, ValueError, "has a PEFT adapter, .* `student.merge_and_unload"),
     "frozen": (lambda: kd(student=frozen()), {}, ValueError, r"The weights of \['head'\] are not trained"),
 }
 

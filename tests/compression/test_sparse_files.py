@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_distill.compression import read_block_sparse, sparsity_report, write_block_sparse
 from lightning_distill.networks import MLP, ConvNet2d
-from lightning_distill.quantization import QuantSpec, prepare
+from lightning_distill.quantization import QuantSpec, prepare, read_packed, write_packed
 
 
 def sparse(network, share, block):
@@ -126,6 +126,51 @@ def test_nothing_is_overwritten_unasked_and_half_a_file_is_none(tmp_path, monkey
     assert path.read_bytes() != before
 
 
+@pytest.mark.chapter("D36", api="lightning_distill.compression.write_block_sparse")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(4),
+        QuantSpec(3, granularity="tensor"),
+        QuantSpec(8, granularity="group:4"),
+        QuantSpec("ternary"),
+        QuantSpec(5, scheme="minmax"),
+        QuantSpec(16),
+        QuantSpec(1),
+    ],
+    ids=str,
+)
+def test_quantized_networks_have_few_bits_as_well(tmp_path, spec):
+    network = prepare(sparse(MLP((16, 64, 32, 4)), 0.8, (4, 4)), spec, skip=["blocks.1.*"]).eval()
+    written = write_block_sparse(network, tmp_path / "sparse.safetensors", (4, 4))
+    write_packed(network, tmp_path / "packed.safetensors")
+    packed = (tmp_path / "packed.safetensors").stat().st_size
+    assert written.bytes < packed + 500  # names and shapes
+    assert ("blocks.0.0.codes" in written.sparse) == (1 < written_bits(network) <= 8)
+    assert "blocks.1.0.weight" in written.sparse  # in floating point
+    again = read_block_sparse(MLP((16, 64, 32, 4)), tmp_path / "sparse.safetensors")
+    dense = read_packed(MLP((16, 64, 32, 4)), tmp_path / "packed.safetensors")
+    for name, value in dense.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(again(x), network(x))
+
+
+def written_bits(network):
+    return network.blocks[0][0].weight_bits
+
+
+def test_a_quantized_file_of_another_network_is_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    write_block_sparse(prepare(MLP((16, 64, 4)), QuantSpec(4)), path)
+    with pytest.raises(ValueError, match=r"has the shape .* in the file|s.safetensors' is not this MLP"):
+        read_block_sparse(MLP((16, 48, 4)), path)
+    with pytest.raises(ValueError, match=r"s.safetensors' has quantized layers .*which this Linear has not"):
+        read_block_sparse(nn.Linear(4, 4), path)
+    with pytest.raises(ValueError, match="is quantized already"):
+        read_block_sparse(prepare(MLP((16, 64, 4)), QuantSpec(4)), path)
+
+
 class Odd(nn.Linear):
     def get_extra_state(self):
         return "text"
@@ -140,8 +185,8 @@ def test_bad_input_is_refused(tmp_path):
         write_block_sparse(network, tmp_path / "s.pt")
     with pytest.raises(ValueError, match="`isa` must be one of"):
         write_block_sparse(network, path, "sse")
-    with pytest.raises(ValueError, match=r"`network` is quantized.*Use `write_packed`"):
-        write_block_sparse(prepare(MLP((32, 32, 4)), QuantSpec(4)), path)
+    with pytest.raises(ValueError, match=r"The ranges of what the layers .* read are not known"):
+        write_block_sparse(prepare(MLP((32, 32, 4)), QuantSpec(4, 8)), path)
     with pytest.raises(ValueError, match="'_extra_state' of `network` is a str; files hold tensors alone"):
         write_block_sparse(Odd(2, 2), path)
     with pytest.raises(FileNotFoundError, match="There is no network at"):
