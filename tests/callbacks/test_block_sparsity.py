@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -128,19 +129,36 @@ def slow_norms(matrix, block):
 
 @pytest.mark.chapter("D38", api=API)
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_the_least_important_blocks_go(make_trainer, scope):
-    record, blocks = Record(), BlockSparsity(0.6, (5, 4), ["blocks.*"], start_step=2, end_step=5, every=3, scope=scope)
-    make_trainer(max_steps=6, max_epochs=-1, callbacks=[record, blocks]).fit(kd(), datamodule=data())
+@pytest.mark.parametrize("block", [(5, 4), (1, 2)])
+def test_the_least_important_blocks_go(make_trainer, scope, block):
+    record = Record()
+    blocks = BlockSparsity(0.6, block, ["blocks.*"], start_step=2, end_step=7, every=2, scope=scope)
+    make_trainer(max_steps=9, max_epochs=-1, callbacks=[record, blocks]).fit(kd(), datamodule=data())
     kept, names = None, list(blocks.kept)
-    for step, since in ((2, 0), (5, 2)):
+    for step, since in ((2, 0), (4, 2), (6, 4), (7, 6)):
         importance = {}
         for name in names:
-            seen = [slow_norms(gradients[name], (5, 4)).square() for gradients in record.gradients[since:step]]
+            seen = [slow_norms(gradients[name], block).square() for gradients in record.gradients[since:step]]
             root_mean_square = torch.stack(seen).mean(dim=0).sqrt()
-            importance[name] = slow_norms(record.weights[step - 1][name], (5, 4)) * root_mean_square
+            importance[name] = slow_norms(record.weights[step - 1][name], block) * root_mean_square
         kept = block_masks(importance, blocks.sparsity_at(step), scope=scope, kept=kept)
     assert 0.5 < share_gone(kept) < 0.7
     assert all(torch.equal(kept[name], blocks.kept[name]) for name in names)
+
+
+def test_steps_without_gradients_leave_those_before_in_force(make_trainer):
+    class Off(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step >= 3:
+                optimizer.zero_grad()
+
+    blocks = BlockSparsity(0.6, (1, 2), ["blocks.*"], start_step=3, end_step=7, every=4)
+    seen = []
+    blocks_after = Watch(blocks)
+    blocks_after.on_train_batch_end = lambda *_: seen.append({n: s.clone() for n, s in blocks._squares.items()})
+    make_trainer(max_steps=8, max_epochs=-1, callbacks=[blocks, blocks_after, Off()]).fit(kd(), datamodule=data())
+    assert share_gone(blocks.kept) == pytest.approx(0.6, abs=0.02)
+    assert all(torch.equal(squares, seen[2][name]) for name, squares in seen[6].items())
 
 
 def test_magnitude_looks_at_weights_alone(make_trainer):
@@ -189,8 +207,8 @@ class Save(L.Callback):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path):
-    def fit(folder, max_steps, ckpt_path=None, end_step=None):
-        blocks, module = BlockSparsity(0.6, BLOCK, every=3, scope="global", end_step=end_step), kd()
+    def fit(folder, max_steps, ckpt_path=None):
+        blocks, module = BlockSparsity(0.6, (1, 2), every=3, scope="global"), kd()
         trainer = make_trainer(max_epochs=-1, max_steps=max_steps, callbacks=[blocks, Save(folder)])
         trainer.fit(module, datamodule=data(), ckpt_path=ckpt_path)
         return blocks, module
@@ -203,6 +221,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path):
         assert all(torch.equal(mask, again.kept[name]) for name, mask in straight.kept.items())
         for name, value in module.student.state_dict().items():
             assert torch.equal(resumed.student.state_dict()[name], value), (step, name)
+    longer, _ = fit(tmp_path / "longer", 30, tmp_path / "straight" / "4.ckpt")
+    assert longer.end_step == 8  # the schedule that was begun
 
 
 def test_a_checkpoint_of_other_blocks_is_refused(make_trainer, tmp_path):
@@ -241,6 +261,35 @@ def test_zeros_that_are_there_stay_and_new_students_begin_anew(make_trainer):
     other = kd(student=MLP((8, 12, 12, 4)))
     make_trainer(max_steps=2, max_epochs=-1, callbacks=[holding]).fit(other, datamodule=data())
     assert all(mask.all() for mask in holding.kept.values())
+
+
+def test_a_callback_is_used_again_for_another_student(make_trainer):
+    blocks = BlockSparsity(0.5, BLOCK, start_step=2, end_step=4)
+    with pytest.warns(UserWarning, match="ends after 3 steps"):
+        make_trainer(max_steps=3, max_epochs=-1, callbacks=[blocks]).fit(kd(), datamodule=data())
+    module = kd(student=MLP((8, 16, 16, 4)))
+    make_trainer(max_steps=4, max_epochs=-1, callbacks=[blocks]).fit(module, datamodule=data())
+    assert blocks.report(module).block_sparsity == 0.5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_the_optimizer_is_left_alone(make_trainer, fails):
+    optimizers = []
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            optimizers[:] = trainer.optimizers
+            if fails and trainer.global_step == 3:
+                raise RuntimeError("stop here")
+
+    blocks, module = BlockSparsity(0.5, BLOCK, start_step=1, end_step=1), kd()
+    trainer = make_trainer(max_steps=4, max_epochs=-1, callbacks=[blocks, Keep()])
+    with pytest.raises(RuntimeError, match="stop here") if fails else nullcontext():
+        trainer.fit(module, datamodule=data())
+    for weight in weights(module).values():
+        weight.data.fill_(1.0)
+    optimizers[0].step()
+    assert all((weight != 0).all() for weight in weights(module).values())
 
 
 def test_a_layer_of_zeros_starts_whole(make_trainer):
@@ -292,6 +341,7 @@ def test_steps_whose_float16_gradients_overflow_do_not_count(make_trainer):
         QuantSpec(4, scheme="minmax", granularity="tensor"),
         QuantSpec(4, gradient="dsq"),
         QuantSpec(16),
+        QuantSpec(32, scheme="seq"),
     ],
     ids=str,
 )
@@ -321,9 +371,12 @@ def test_a_sparse_student_gets_few_bits_and_stays_sparse(make_trainer, tmp_path)
 
 @pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(1), QuantSpec("binary"), QuantSpec(4, scheme="seq")], ids=str)
 def test_levels_without_zero_are_refused(make_trainer, spec):
-    trainer = make_trainer(max_steps=1, max_epochs=-1, callbacks=[BlockSparsity(0.5, BLOCK, end_step=1)])
+    record = Record()
+    trainer = make_trainer(max_steps=1, max_epochs=-1, callbacks=[record, BlockSparsity(0.5, BLOCK, end_step=1)])
+    record.on_train_start = lambda *_: record.weights.append("started")
     with pytest.raises(ValueError, match=r"have no level at 0 \(\d bits, .*Use scheme='lsq' with 2 bits or more"):
         trainer.fit(QADModule(network(), spec=spec), datamodule=data())
+    assert record.weights == []
 
 
 def test_bits_that_are_set_later_need_a_zero_too(make_trainer):
@@ -410,10 +463,10 @@ def test_the_length_of_the_training_must_be_known_or_not_matter(make_trainer):
 
 
 def test_the_share_of_blocks_is_logged(make_trainer):
-    blocks = BlockSparsity(0.5, BLOCK, start_step=2, end_step=2)
+    blocks = BlockSparsity(0.75, BLOCK, ["blocks.1.*"], start_step=2, end_step=2)
     trainer = make_trainer(max_steps=3, max_epochs=-1, callbacks=[blocks])
     trainer.fit(kd(), datamodule=data())
-    assert float(trainer.callback_metrics["block_sparsity"]) == 0.5
+    assert float(trainer.callback_metrics["block_sparsity"]) == pytest.approx(14 / 18)
 
 
 def run(folder, devices, kill_at):

@@ -226,6 +226,10 @@ def test_layers_that_do_not_fit_are_named_with_the_fix():
     first = next(name for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
     with pytest.raises(ValueError, match=rf"A block of 16x16 is larger than the layers '{first}' \(8x9\)"):
         sparse_layers(network, (16, 16))
+    with pytest.raises(ValueError, match=r"5x2 is larger than the layers 'head' \(4x8\).*`skip=\['head'\]`"):
+        sparse_layers(MLP((6, 8, 4)), (5, 2))
+    with pytest.raises(ValueError, match=r"2x7 is larger than the layers 'blocks.0.0' \(8x6\)"):
+        sparse_layers(MLP((6, 8, 4)), (2, 7))
     with pytest.raises(ValueError, match="`skip` has 'tail', which fits no layer with blocks; there are"):
         sparse_layers(network, (4, 4), skip=["tail"])
     with pytest.raises(ValueError, match="`layers` has 'tail', which fits no layer"):

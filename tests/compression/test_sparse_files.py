@@ -73,6 +73,14 @@ def test_dense_tensors_are_left_as_they_are_and_none_is_lost(tmp_path):
     assert torch.equal(again(x), network.eval()(x))
 
 
+def test_zeros_that_are_too_few_to_pay_are_written(tmp_path):
+    layer = nn.Linear(8, 8)
+    layer.weight.data[0, :2] = 0  # 8 bytes, as many as 64 bits
+    assert write_block_sparse(layer, tmp_path / "no.safetensors", (1, 1)).sparse == {}
+    layer.weight.data[0, 2] = 0
+    assert write_block_sparse(layer, tmp_path / "yes.safetensors", (1, 1)).sparse == {"weight": (61, 64)}
+
+
 def test_values_that_are_not_finite_are_no_zeros(tmp_path):
     layer = nn.Linear(8, 8)
     layer.weight.data.zero_()
