@@ -122,6 +122,7 @@ class BlockSparsity(L.Callback):
         self._layers: dict[str, Any] = {}
         self._gone: dict[str, Tensor] = {}  # masks over weights
         self._last_step = -1
+        self._skips_overflows = False
         self._hooks: list[Any] = []
 
     def sparsity_at(self, step: int) -> float:
@@ -195,6 +196,7 @@ class BlockSparsity(L.Callback):
                 f"{self.sparsity} at `end_step={self.end_step}`."
             )
         self._last_step = trainer.global_step
+        self._skips_overflows = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(
@@ -268,13 +270,16 @@ class BlockSparsity(L.Callback):
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Look at the gradients that the optimizer has used, then undo what it did to blocks that have gone."""
         looking = self.score == "saliency" and self.end_step is not None and self._last_step < self.end_step
+        gradients = {name: layer.weight.grad for name, layer in self._layers.items() if layer.weight.grad is not None}
+        seen = {name: block_norms(grad, self.block).square() for name, grad in gradients.items()} if looking else {}
+        if self._skips_overflows and not all(squares.isfinite().all() for squares in seen.values()):
+            seen = {}  # fused optimizers are called, and skip an overflow of float16 by themselves
+        for name, squares in seen.items():
+            if name in self._squares and name not in self._used:
+                squares += self._squares[name]
+            self._squares[name] = squares
+            self._used.discard(name)
         for name, layer in self._layers.items():
-            if looking and layer.weight.grad is not None:
-                squares = block_norms(layer.weight.grad, self.block).square()
-                if name in self._squares and name not in self._used:
-                    squares += self._squares[name]
-                self._squares[name] = squares
-                self._used.discard(name)
             layer.weight.masked_fill_(self._gone[name], 0)
 
     def _importance(self) -> dict[str, Tensor]:

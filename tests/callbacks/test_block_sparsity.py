@@ -317,9 +317,11 @@ def test_bfloat16(make_trainer):
     assert all(weight.isfinite().all() for weight in weights(module).values())
 
 
-def test_steps_whose_float16_gradients_overflow_do_not_count(make_trainer):
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_whose_float16_gradients_overflow_do_not_count(make_trainer, fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # float16 ends at 2^16
-    blocks, module = BlockSparsity(0.5, BLOCK, start_step=4, end_step=60, every=20), kd()
+    blocks = BlockSparsity(0.5, BLOCK, start_step=4, end_step=60, every=20)
+    module = kd(partial(torch.optim.AdamW, lr=0.01, fused=fused))
     watch = Watch(blocks)
     precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     make_trainer(max_steps=64, max_epochs=-1, callbacks=[blocks, watch], plugins=[precision]).fit(
