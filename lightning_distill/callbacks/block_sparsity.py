@@ -70,7 +70,7 @@ class BlockSparsity(L.Callback):
     Attributes:
         kept: Which blocks each layer still has, by name, boolean; empty before a training.
 
-    Logs ``block_sparsity``, the share of blocks that has gone, each time.
+    Logs ``block_sparsity``, the share of blocks that has gone.
 
     Raises:
         ValueError: If an argument is outside its range; at the start of the training, if there are no such layers, a
@@ -140,6 +140,12 @@ class BlockSparsity(L.Callback):
         if self.end_step is None or not self.start_step <= step <= self.end_step:
             return False
         return (step - self.start_step) % self.every == 0 or step == self.end_step
+
+    @property
+    def block_sparsity(self) -> float:
+        """Share of the blocks that has gone; 0 before a training."""
+        blocks = sum(mask.numel() for mask in self.kept.values())
+        return 1 - sum(int(mask.sum()) for mask in self.kept.values()) / blocks if blocks else 0.0
 
     def report(self, module: DistillationModule) -> SparsityReport:
         """The blocks of the module's student."""
@@ -219,16 +225,12 @@ class BlockSparsity(L.Callback):
         if step == self._last_step:  # in the middle of an accumulation
             return
         self._last_step = step
-        if not self.is_due(step) or (self.score == "saliency" and not self._squares):
-            return
-        # the same everywhere but for rounding: let the first process decide
-        masks = block_masks(self._importance(), self.sparsity_at(step), scope=self.scope, kept=self.kept)
-        self.kept = trainer.strategy.broadcast(masks)
-        self._used = set(self._squares)
-        self._mask_weights()
-        blocks = sum(mask.numel() for mask in self.kept.values())
-        gone = blocks - sum(int(mask.sum()) for mask in self.kept.values())
-        pl_module.log("block_sparsity", gone / blocks, batch_size=1)
+        due = self.is_due(step) and (self.score == "magnitude" or bool(self._squares))
+        if due:
+            self._let_go(trainer, self.sparsity_at(step))
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set, but not declared, by Trainer
+        if due or step % max(every, 1) == 0:
+            pl_module.log("block_sparsity", self.block_sparsity, batch_size=1)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop looking after the optimizer's steps."""
@@ -291,6 +293,13 @@ class BlockSparsity(L.Callback):
             name: norm * (self._squares[name].sqrt() if name in self._squares else torch.zeros_like(norm))
             for name, norm in norms.items()
         }
+
+    def _let_go(self, trainer: L.Trainer, sparsity: float) -> None:
+        # the same everywhere but for rounding: let the first process decide
+        masks = block_masks(self._importance(), sparsity, scope=self.scope, kept=self.kept)
+        self.kept = trainer.strategy.broadcast(masks)
+        self._used = set(self._squares)
+        self._mask_weights()
 
     @torch.no_grad()
     def _mask_weights(self) -> None:

@@ -1,4 +1,5 @@
 import copy
+import csv
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
@@ -464,11 +466,16 @@ def test_the_length_of_the_training_must_be_known_or_not_matter(make_trainer):
         trainer.fit(kd(), datamodule=data())
 
 
-def test_the_share_of_blocks_is_logged(make_trainer):
-    blocks = BlockSparsity(0.75, BLOCK, ["blocks.1.*"], start_step=2, end_step=2)
-    trainer = make_trainer(max_steps=3, max_epochs=-1, callbacks=[blocks])
+def test_the_share_of_blocks_is_logged(make_trainer, tmp_path):
+    blocks = BlockSparsity(0.75, BLOCK, ["blocks.1.*"], start_step=3, end_step=3)
+    assert blocks.block_sparsity == 0
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    trainer = make_trainer(max_steps=8, max_epochs=-1, callbacks=[blocks], logger=logger, log_every_n_steps=2)
     trainer.fit(kd(), datamodule=data())
-    assert float(trainer.callback_metrics["block_sparsity"]) == pytest.approx(14 / 18)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        logged = [float(row["block_sparsity"]) for row in csv.DictReader(file) if row["block_sparsity"]]
+    assert logged == pytest.approx([0, 14 / 18, 14 / 18, 14 / 18])
+    assert blocks.block_sparsity == blocks.report(trainer.lightning_module).block_sparsity == pytest.approx(14 / 18)
 
 
 def run(folder, devices, kill_at):
