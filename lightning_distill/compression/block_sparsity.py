@@ -97,8 +97,12 @@ def block_norms(weight: Tensor, block: Block) -> Tensor:
     missing = (0, columns * block[1] - matrix.shape[1], 0, rows * block[0] - matrix.shape[0])
     if any(missing):
         matrix = F.pad(matrix, missing)
-    norms: Tensor = torch.linalg.vector_norm(matrix.view(rows, block[0], columns, block[1]), dim=(1, 3))
-    return norms
+    squares = matrix.square()  # summed along the side that is far apart in memory first: several times faster
+    if block[0] > 1:
+        squares = squares.view(rows, block[0], -1).sum(dim=1)
+    if block[1] > 1:
+        squares = squares.view(rows, columns, block[1]).sum(dim=2)
+    return squares.sqrt_()
 
 
 def block_importance(weight: Tensor, gradient: Tensor, block: Block) -> Tensor:
@@ -264,7 +268,7 @@ def _worth(name: str, importance: Tensor, kept: Tensor) -> Tensor:
     if not still_there.any():
         raise ValueError(f"`kept` has no block{of_layer}; one must stay.")
     values = torch.where(still_there, values, -math.inf)
-    values[values.argsort(stable=True)[-1]] = math.inf
+    values[(values == values.max()).nonzero()[-1]] = math.inf
     return values
 
 
@@ -272,6 +276,10 @@ def _most_valuable(worth: Tensor, sparsity: float) -> Tensor:
     """Mask without the least valuable of the blocks; those that have gone or must stay are not up for choice."""
     wanted = math.floor(sparsity * len(worth) + 0.5)
     going = min(max(wanted, int((worth == -math.inf).sum())), len(worth) - int((worth == math.inf).sum()))
-    mask = torch.ones(len(worth), dtype=torch.bool)
-    mask[worth.argsort(stable=True)[:going]] = False
+    if going == 0:
+        return torch.ones(len(worth), dtype=torch.bool)
+    limit = worth.kthvalue(going).values  # many times faster than sorting millions of single weights
+    mask = worth > limit
+    equal = (worth == limit).nonzero().flatten()
+    mask[equal[going - int((worth < limit).sum()) :]] = True
     return mask

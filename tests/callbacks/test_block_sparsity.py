@@ -18,7 +18,14 @@ from torch import nn
 
 from lightning_distill import KD, FeatureKD, QADModule
 from lightning_distill.callbacks import BlockSparsity
-from lightning_distill.compression import block_masks, read_block_sparse, sparsity_report, write_block_sparse
+from lightning_distill.callbacks.block_sparsity import _set_to_zero
+from lightning_distill.compression import (
+    block_masks,
+    element_mask,
+    read_block_sparse,
+    sparsity_report,
+    write_block_sparse,
+)
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.networks import MLP
 from lightning_distill.quantization import QuantSpec, quantized_layers, set_bits
@@ -55,6 +62,12 @@ def weights(module):
     return {name: layer.weight for name, layer in module.student.named_modules() if type(layer) is nn.Linear}
 
 
+def gone_weights(blocks, module):
+    """Masks over the weights that are to be 0."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights(module).items()}
+    return {name: ~element_mask(mask, shapes[name], blocks.block) for name, mask in blocks.kept.items()}
+
+
 class Watch(L.Callback):
     """What every step left behind. Stands after the callback that takes blocks."""
 
@@ -63,8 +76,10 @@ class Watch(L.Callback):
         self.kept = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        for name, gone in self.blocks._gone.items():
-            assert (weights(pl_module)[name][gone] == 0).all()
+        for name, gone in gone_weights(self.blocks, pl_module).items():
+            left = weights(pl_module)[name][gone]
+            assert (left == 0).all()
+            assert not left.signbit().any()
         self.kept.append({name: mask.clone() for name, mask in self.blocks.kept.items()})
 
 
@@ -174,12 +189,30 @@ def test_magnitude_looks_at_weights_alone(make_trainer):
 def test_gradients_of_blocks_that_have_gone_do_not_count_in_clipping(make_trainer):
     class Norm(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            for name, gone in blocks._gone.items():
+            for name, gone in gone_weights(blocks, pl_module).items():
                 assert (weights(pl_module)[name].grad[gone] == 0).all()
 
     blocks = BlockSparsity(0.8, BLOCK, start_step=1, end_step=1)
     make_trainer(max_epochs=1, callbacks=[blocks, Norm()]).fit(kd(), datamodule=data())
     assert share_gone(blocks.kept) > 0.7
+
+
+def test_what_is_not_finite_is_set_to_zero_too():
+    values = torch.tensor([float("nan"), float("inf"), -0.0, -3.0, 2.0])
+    bits = torch.tensor([0, 0, 0, 0, -1])
+    for dtype, whole in ((torch.float64, torch.int64), (torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+        parameter = nn.Parameter(values.to(dtype))
+        _set_to_zero(parameter, bits.to(whole))
+        assert parameter.tolist() == [0, 0, 0, 0, 2]
+        assert not parameter.signbit().any()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_of_other_widths(make_trainer, precision):
+    blocks, module = BlockSparsity(0.5, BLOCK, end_step=6, every=2), kd()
+    trainer = make_trainer(max_steps=8, max_epochs=-1, callbacks=[blocks, Watch(blocks)], precision=precision)
+    trainer.fit(module, datamodule=data())
+    assert blocks.report(module).block_sparsity == 0.5
 
 
 @pytest.mark.parametrize("score", ["saliency", "magnitude"])
@@ -355,7 +388,8 @@ def test_zeros_stay_zeros_through_quantization(make_trainer, spec):
     make_trainer(max_steps=8, max_epochs=-1, callbacks=[blocks]).fit(module, datamodule=data())
     assert share_gone(blocks.kept) == pytest.approx(0.75, abs=0.02)
     for name, layer in quantized_layers(module.student).items():
-        assert (layer.quantized_weight()[blocks._gone[name]] == 0).all()
+        gone = ~element_mask(blocks.kept[name], tuple(layer.weight.shape), BLOCK)
+        assert (layer.quantized_weight()[gone] == 0).all()
         assert layer.quantized_weight().isfinite().all()
 
 

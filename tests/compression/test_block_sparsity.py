@@ -130,6 +130,16 @@ def test_the_first_of_equal_blocks_go():
     assert block_mask(torch.zeros(4, 4), 0.999).sum() == 1
 
 
+@pytest.mark.parametrize("levels", [1, 2, 5, 1000])
+def test_ties_are_broken_as_a_stable_sort_breaks_them(levels):
+    for sparsity in (0.0, 0.01, 0.3, 0.62, 0.99):
+        importance = torch.randint(levels, (7, 9)).double()
+        order = importance.flatten().argsort(stable=True)
+        expected = torch.ones(63, dtype=torch.bool)
+        expected[order[: min(math.floor(63 * sparsity + 0.5), 62)]] = False
+        assert torch.equal(block_mask(importance, sparsity).flatten(), expected)
+
+
 def test_blocks_that_have_gone_stay_gone():
     importance = torch.rand(6, 6)
     kept = block_mask(torch.rand(6, 6), 0.5)
