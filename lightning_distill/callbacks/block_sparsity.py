@@ -13,16 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_distill.adapters import has_adapter
-from lightning_distill.compression.block_sparsity import (
-    Block,
-    Scope,
-    as_block,
-    block_masks,
-    block_norms,
-    check_sparsity,
-    cubic_sparsity,
-    element_mask,
-)
+from lightning_distill.callbacks.block_gradients import BlockGradients
+from lightning_distill.compression.block_sparsity import Scope, block_masks, check_sparsity, cubic_sparsity
+from lightning_distill.compression.blocks import Block, as_block, bits_of_present, block_norms, set_to_zero
 from lightning_distill.compression.sparse_layers import (
     SparsityReport,
     require_zero_level,
@@ -33,7 +26,6 @@ from lightning_distill.modules import DistillationModule
 from lightning_distill.sharding import is_sharded
 
 Score = Literal["saliency", "magnitude"]
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class BlockSparsity(L.Callback):
@@ -117,13 +109,10 @@ class BlockSparsity(L.Callback):
         self.scope: Scope = scope
         self.score: Score = score
         self.kept: dict[str, Tensor] = {}
-        self._squares: dict[str, Tensor] = {}  # sums of the squared norms of each block's gradients
-        self._used: set[str] = set()  # layers whose sums have chosen blocks already; their next gradient begins anew
+        self._gradients = BlockGradients(self.block)
         self._resumed = False
         self._layers: dict[str, Any] = {}
-        self._present_bits: dict[
-            str, Tensor | None
-        ] = {}  # all bits of the weights that are there; None for all weights
+        self._present: dict[str, Tensor | None] = {}  # bits of the weights that are there
         self._last_step = -1
         self._skips_overflows = False
         self._hooks: list[Any] = []
@@ -184,9 +173,9 @@ class BlockSparsity(L.Callback):
             self._check_resumed()
         else:
             self.kept = {name: _present(layer.weight, self.block) for name, layer in self._layers.items()}
-            self._squares, self._used = {}, set()
+            self._gradients = BlockGradients(self.block)
         self._resumed = False
-        self._squares = {name: squares.to(self._layers[name].weight.device) for name, squares in self._squares.items()}
+        self._gradients.to({name: layer.weight.device for name, layer in self._layers.items()})
         self._mask_weights()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -218,7 +207,7 @@ class BlockSparsity(L.Callback):
         """Take the gradients of blocks that have gone away."""
         for name, layer in self._layers.items():
             if layer.weight.grad is not None:
-                _set_to_zero(layer.weight.grad, self._present_bits[name])
+                set_to_zero(layer.weight.grad, self._present[name])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -228,7 +217,7 @@ class BlockSparsity(L.Callback):
         if step == self._last_step:  # in the middle of an accumulation
             return
         self._last_step = step
-        due = self.is_due(step) and (self.score == "magnitude" or bool(self._squares))
+        due = self.is_due(step) and (self.score == "magnitude" or bool(self._gradients))
         if due:
             self._let_go(trainer, self.sparsity_at(step))
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set, but not declared, by Trainer
@@ -248,8 +237,7 @@ class BlockSparsity(L.Callback):
         return {
             "block": list(self.block),
             "kept": dict(self.kept),
-            "squares": dict(self._squares),
-            "used": sorted(self._used),
+            "gradients": self._gradients.state_dict(),
             "end_step": self.end_step,
         }
 
@@ -261,8 +249,7 @@ class BlockSparsity(L.Callback):
                 f"{self.block[0]}x{self.block[1]}. Use the same one."
             )
         self.kept = dict(state_dict["kept"])
-        self._squares = dict(state_dict["squares"])
-        self._used = set(state_dict["used"])
+        self._gradients.load_state_dict(state_dict["gradients"])
         self._resumed = bool(self.kept)
         self.end_step = self.end_step or state_dict["end_step"]
 
@@ -274,43 +261,32 @@ class BlockSparsity(L.Callback):
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Look at the gradients that the optimizer has used, then undo what it did to blocks that have gone."""
-        looking = self.score == "saliency" and self.end_step is not None and self._last_step < self.end_step
-        gradients = {name: layer.weight.grad for name, layer in self._layers.items() if layer.weight.grad is not None}
-        seen = {name: block_norms(grad, self.block).square() for name, grad in gradients.items()} if looking else {}
-        if self._skips_overflows and not all(squares.isfinite().all() for squares in seen.values()):
-            seen = {}  # fused optimizers are called, and skip an overflow of float16 by themselves
-        for name, squares in seen.items():
-            if name in self._squares and name not in self._used:
-                squares += self._squares[name]
-            self._squares[name] = squares
-            self._used.discard(name)
+        if self.score == "saliency" and self.end_step is not None and self._last_step < self.end_step:
+            weights = {name: layer.weight for name, layer in self._layers.items()}
+            gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+            # fused optimizers are called, and skip an overflow of float16 by themselves
+            self._gradients.add(gradients, finite_only=self._skips_overflows)
         for name, layer in self._layers.items():
-            _set_to_zero(layer.weight, self._present_bits[name])
+            set_to_zero(layer.weight, self._present[name])
 
     def _importance(self) -> dict[str, Tensor]:
-        """Of each block by layer. A factor common to all, as the number of steps, does not matter."""
         norms = {name: block_norms(layer.weight.detach(), self.block) for name, layer in self._layers.items()}
         if self.score == "magnitude":
             return norms
-        return {
-            name: norm * (self._squares[name].sqrt() if name in self._squares else torch.zeros_like(norm))
-            for name, norm in norms.items()
-        }
+        return {name: norm * self._gradients.norms(name, norm) for name, norm in norms.items()}
 
     def _let_go(self, trainer: L.Trainer, sparsity: float) -> None:
         # the same everywhere but for rounding: let the first process decide
         masks = block_masks(self._importance(), sparsity, scope=self.scope, kept=self.kept)
         self.kept = trainer.strategy.broadcast(masks)
-        self._used = set(self._squares)
+        self._gradients.close()
         self._mask_weights()
 
     @torch.no_grad()
     def _mask_weights(self) -> None:
         for name, layer in self._layers.items():
-            weight = layer.weight
-            present = element_mask(self.kept[name], tuple(weight.shape), self.block).to(weight.device)
-            self._present_bits[name] = None if self.kept[name].all() else -present.to(_BITS[weight.element_size()])
-            _set_to_zero(weight, self._present_bits[name])
+            self._present[name] = bits_of_present(self.kept[name], layer.weight, self.block)
+            set_to_zero(layer.weight, self._present[name])
 
     def _check_resumed(self) -> None:
         if list(self.kept) != list(self._layers):
@@ -324,12 +300,6 @@ def _present(weight: Tensor, block: Block) -> Tensor:
     """The blocks that are not all zeros; all of a layer that has only zeros, as some are initialized."""
     present = (block_norms(weight.detach(), block) != 0).cpu()
     return present if present.any() else torch.ones_like(present)
-
-
-def _set_to_zero(values: Tensor, present_bits: Tensor | None) -> None:
-    """Set what has gone to +0, whatever it was: NaN times 0 would be NaN, and `masked_fill_` takes far longer."""
-    if present_bits is not None:
-        values.detach().view(present_bits.dtype).bitwise_and_(present_bits)
 
 
 __all__ = ["BlockSparsity"]

@@ -1,13 +1,11 @@
 """Smaller and faster students."""
 
-from lightning_distill.compression.block_sparsity import (
+from lightning_distill.compression.block_sparsity import block_mask, block_masks, cubic_sparsity
+from lightning_distill.compression.blocks import (
     BLOCK_SIZES,
     block_importance,
-    block_mask,
-    block_masks,
     block_norms,
     block_size,
-    cubic_sparsity,
     element_mask,
 )
 from lightning_distill.compression.early_exit import EarlyExitNetwork

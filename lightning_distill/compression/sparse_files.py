@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_distill.compression.block_sparsity import Block, as_block, block_grid, element_mask
+from lightning_distill.compression.blocks import Block, as_block, block_grid, element_mask
 from lightning_distill.quantization.network import quantized_layers
 from lightning_distill.quantization.packed import pack_bits, read_packed, unpack_bits, write_packed
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_distill.compression.block_sparsity import Block, as_block, block_grid, block_norms
+from lightning_distill.compression.blocks import Block, as_block, block_grid, block_norms
 from lightning_distill.quantization.layers import QUANTIZED, QuantizedLayer
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -18,7 +18,6 @@ from torch import nn
 
 from lightning_distill import KD, FeatureKD, QADModule
 from lightning_distill.callbacks import BlockSparsity
-from lightning_distill.callbacks.block_sparsity import _set_to_zero
 from lightning_distill.compression import (
     block_masks,
     element_mask,
@@ -172,7 +171,7 @@ def test_steps_without_gradients_leave_those_before_in_force(make_trainer):
     blocks = BlockSparsity(0.6, (1, 2), ["blocks.*"], start_step=3, end_step=7, every=4)
     seen = []
     blocks_after = Watch(blocks)
-    blocks_after.on_train_batch_end = lambda *_: seen.append({n: s.clone() for n, s in blocks._squares.items()})
+    blocks_after.on_train_batch_end = lambda *_: seen.append(blocks._gradients.state_dict()["squares"])
     make_trainer(max_steps=8, max_epochs=-1, callbacks=[blocks, blocks_after, Off()]).fit(kd(), datamodule=data())
     assert share_gone(blocks.kept) == pytest.approx(0.6, abs=0.02)
     assert all(torch.equal(squares, seen[2][name]) for name, squares in seen[6].items())
@@ -183,7 +182,7 @@ def test_magnitude_looks_at_weights_alone(make_trainer):
     make_trainer(max_steps=3, max_epochs=-1, callbacks=[record, blocks]).fit(kd(), datamodule=data())
     norms = {name: slow_norms(weight, BLOCK) for name, weight in record.weights[1].items()}
     assert all(torch.equal(mask, blocks.kept[name]) for name, mask in block_masks(norms, 0.5).items())
-    assert blocks._squares == {}
+    assert not blocks._gradients
 
 
 def test_gradients_of_blocks_that_have_gone_do_not_count_in_clipping(make_trainer):
@@ -195,16 +194,6 @@ def test_gradients_of_blocks_that_have_gone_do_not_count_in_clipping(make_traine
     blocks = BlockSparsity(0.8, BLOCK, start_step=1, end_step=1)
     make_trainer(max_epochs=1, callbacks=[blocks, Norm()]).fit(kd(), datamodule=data())
     assert share_gone(blocks.kept) > 0.7
-
-
-def test_what_is_not_finite_is_set_to_zero_too():
-    values = torch.tensor([float("nan"), float("inf"), -0.0, -3.0, 2.0])
-    bits = torch.tensor([0, 0, 0, 0, -1])
-    for dtype, whole in ((torch.float64, torch.int64), (torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
-        parameter = nn.Parameter(values.to(dtype))
-        _set_to_zero(parameter, bits.to(whole))
-        assert parameter.tolist() == [0, 0, 0, 0, 2]
-        assert not parameter.signbit().any()
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

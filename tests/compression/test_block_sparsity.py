@@ -16,7 +16,7 @@ from lightning_distill.compression import (
     element_mask,
     sparsity_report,
 )
-from lightning_distill.compression.block_sparsity import as_block, block_grid
+from lightning_distill.compression.blocks import as_block, bits_of_present, block_grid, set_to_zero
 from lightning_distill.compression.sparse_layers import sparse_layers
 from lightning_distill.hardware import simd_width
 from lightning_distill.hardware.alignment import VECTOR_BITS
@@ -107,6 +107,18 @@ def test_norms_of_half_precision_are_computed_in_float32(dtype):
     weight = torch.full((4, 4), 300.0, dtype=dtype)  # 300² is infinite in float16
     assert block_norms(weight, (4, 4)).dtype == torch.float32
     torch.testing.assert_close(block_norms(weight, (4, 4)).item(), 1200.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_what_has_gone_becomes_zero_whatever_it_was(dtype):
+    parameter = nn.Parameter(torch.tensor([[float("nan"), -448.0, -0.0, 2.0, -3.0]]).to(dtype))
+    present = bits_of_present(torch.tensor([[False, True]]), parameter, (1, 3))
+    set_to_zero(parameter, present)
+    assert parameter.double().tolist() == [[0, 0, 0, 2, -3]]
+    assert not parameter[0, :3].double().signbit().any()
+    assert bits_of_present(torch.ones(1, 2, dtype=bool), parameter, (1, 3)) is None
+    set_to_zero(parameter, None)
+    assert parameter.double().tolist() == [[0, 0, 0, 2, -3]]
 
 
 @pytest.mark.chapter("D36", api=API + "block_mask")
