@@ -88,6 +88,8 @@ def test_importance_bounds_the_first_order_change_of_the_loss(shape, block):
 @pytest.mark.parametrize(("shape", "block"), SHAPES)
 def test_blocks_cover_every_weight_once(shape, block):
     rows, columns = block_grid(shape, block)
+    for blocks, side, length in ((rows, block[0], shape[0]), (columns, block[1], math.prod(shape[1:]))):
+        assert 0 <= blocks * side - length < side  # filled up to whole blocks, and no further
     count = torch.zeros(shape)
     for i in range(rows):
         for j in range(columns):
