@@ -110,6 +110,7 @@ class BlockSparsity(L.Callback):
         self.score: Score = score
         self.kept: dict[str, Tensor] = {}
         self._gradients = BlockGradients(self.block)
+        self._finished_with: tuple[int, float] | None = None  # the end and the sparsity of a schedule
         self._resumed = False
         self._layers: dict[str, Any] = {}
         self._present: dict[str, Tensor | None] = {}  # bits of the weights that are there
@@ -173,7 +174,7 @@ class BlockSparsity(L.Callback):
             self._check_resumed()
         else:
             self.kept = {name: _present(layer.weight, self.block) for name, layer in self._layers.items()}
-            self._gradients = BlockGradients(self.block)
+            self._gradients, self._finished_with = BlockGradients(self.block), None
         self._resumed = False
         self._gradients.to({name: layer.weight.device for name, layer in self._layers.items()})
         self._mask_weights()
@@ -217,9 +218,12 @@ class BlockSparsity(L.Callback):
         if step == self._last_step:  # in the middle of an accumulation
             return
         self._last_step = step
-        due = self.is_due(step) and (self.score == "magnitude" or bool(self._gradients))
+        assert self.end_step is not None
+        late = step > self.end_step and not self._finished  # no gradient was there to choose by
+        due = (late or self.is_due(step)) and (self.score == "magnitude" or bool(self._gradients))
         if due:
             self._let_go(trainer, self.sparsity_at(step))
+            self._finished_with = (self.end_step, self.sparsity) if step >= self.end_step else None
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set, but not declared, by Trainer
         if due or step % max(every, 1) == 0:
             pl_module.log("block_sparsity", self.block_sparsity, batch_size=1)
@@ -238,6 +242,7 @@ class BlockSparsity(L.Callback):
             "block": list(self.block),
             "kept": dict(self.kept),
             "gradients": self._gradients.state_dict(),
+            "finished_with": self._finished_with,
             "end_step": self.end_step,
         }
 
@@ -250,8 +255,14 @@ class BlockSparsity(L.Callback):
             )
         self.kept = dict(state_dict["kept"])
         self._gradients.load_state_dict(state_dict["gradients"])
+        self._finished_with = state_dict["finished_with"]
         self._resumed = bool(self.kept)
         self.end_step = self.end_step or state_dict["end_step"]
+
+    @property
+    def _finished(self) -> bool:
+        """Whether the last blocks of this schedule have gone."""
+        return self._finished_with == (self.end_step, self.sparsity)
 
     def _leave(self) -> None:
         for hook in self._hooks:
@@ -261,7 +272,7 @@ class BlockSparsity(L.Callback):
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Look at the gradients that the optimizer has used, then undo what it did to blocks that have gone."""
-        if self.score == "saliency" and self.end_step is not None and self._last_step < self.end_step:
+        if self.score == "saliency" and not self._finished:
             weights = {name: layer.weight for name, layer in self._layers.items()}
             gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
             # fused optimizers are called, and skip an overflow of float16 by themselves

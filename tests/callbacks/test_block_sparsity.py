@@ -177,6 +177,48 @@ def test_steps_without_gradients_leave_those_before_in_force(make_trainer):
     assert all(torch.equal(squares, seen[2][name]) for name, squares in seen[6].items())
 
 
+def test_blocks_go_later_where_no_gradient_was_there_in_time(make_trainer, tmp_path):
+    class Off(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step < 5:
+                optimizer.zero_grad()
+
+    def fit(max_steps, ckpt_path=None):
+        blocks = BlockSparsity(0.5, BLOCK, start_step=2, end_step=3)
+        watch, module = Watch(blocks), kd()
+        trainer = make_trainer(max_steps=max_steps, max_epochs=-1, callbacks=[blocks, watch, Off(), Save(tmp_path)])
+        trainer.fit(module, datamodule=data(), ckpt_path=ckpt_path)
+        return blocks, [share_gone(kept) for kept in watch.kept]
+
+    blocks, shares = fit(8)
+    assert shares == [0, 0, 0, 0, 0, 0.5, 0.5, 0.5]
+    for step, expected in ((7, [0.5, 0.5]), (4, [0, 0.5, 0.5, 0.5, 0.5])):
+        again, shares = fit(9, tmp_path / f"{step}.ckpt")
+        assert shares == expected
+        assert all(torch.equal(mask, again.kept[name]) for name, mask in blocks.kept.items())
+
+
+def test_a_resumed_run_may_ask_for_more(make_trainer, tmp_path):
+    first, module = BlockSparsity(0.5, BLOCK, end_step=2), kd()
+    trainer = make_trainer(max_steps=4, max_epochs=-1, callbacks=[first])
+    trainer.fit(module, datamodule=data())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    more, module = BlockSparsity(0.75, BLOCK, end_step=2), kd()
+    make_trainer(max_steps=7, max_epochs=-1, callbacks=[more]).fit(
+        module, datamodule=data(), ckpt_path=tmp_path / "c.ckpt"
+    )
+    assert more.report(module).block_sparsity == more.block_sparsity > 0.7
+    assert all(not (mask & ~first.kept[name]).any() for name, mask in more.kept.items())
+
+
+def test_by_default_half_of_the_training_is_left_to_recover(make_trainer):
+    for start_step, steps, end_step in ((0, 8, 4), (0, 1, 1), (6, 8, 6)):
+        blocks = BlockSparsity(0.5, BLOCK, start_step=start_step)
+        make_trainer(max_steps=steps, max_epochs=-1, callbacks=[blocks]).fit(kd(), datamodule=data())
+        assert blocks.end_step == end_step
+        assert blocks.block_sparsity == 0.5
+
+
 def test_magnitude_looks_at_weights_alone(make_trainer):
     record, blocks = Record(), BlockSparsity(0.5, BLOCK, end_step=2, start_step=2, score="magnitude")
     make_trainer(max_steps=3, max_epochs=-1, callbacks=[record, blocks]).fit(kd(), datamodule=data())
