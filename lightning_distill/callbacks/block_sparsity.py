@@ -110,7 +110,7 @@ class BlockSparsity(L.Callback):
         self.score: Score = score
         self.kept: dict[str, Tensor] = {}
         self._gradients = BlockGradients(self.block)
-        self._finished_with: tuple[int, float] | None = None  # the end and the sparsity of a schedule
+        self._finished = False  # whether the last blocks have gone; to choose again would change nothing
         self._resumed = False
         self._layers: dict[str, Any] = {}
         self._present: dict[str, Tensor | None] = {}  # bits of the weights that are there
@@ -174,8 +174,8 @@ class BlockSparsity(L.Callback):
             self._check_resumed()
         else:
             self.kept = {name: _present(layer.weight, self.block) for name, layer in self._layers.items()}
-            self._gradients, self._finished_with = BlockGradients(self.block), None
-        self._resumed = False
+            self._gradients = BlockGradients(self.block)
+        self._resumed = self._finished = False
         self._gradients.to({name: layer.weight.device for name, layer in self._layers.items()})
         self._mask_weights()
 
@@ -223,7 +223,7 @@ class BlockSparsity(L.Callback):
         due = (late or self.is_due(step)) and (self.score == "magnitude" or bool(self._gradients))
         if due:
             self._let_go(trainer, self.sparsity_at(step))
-            self._finished_with = (self.end_step, self.sparsity) if step >= self.end_step else None
+            self._finished = step >= self.end_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set, but not declared, by Trainer
         if due or step % max(every, 1) == 0:
             pl_module.log("block_sparsity", self.block_sparsity, batch_size=1)
@@ -242,7 +242,6 @@ class BlockSparsity(L.Callback):
             "block": list(self.block),
             "kept": dict(self.kept),
             "gradients": self._gradients.state_dict(),
-            "finished_with": self._finished_with,
             "end_step": self.end_step,
         }
 
@@ -255,14 +254,8 @@ class BlockSparsity(L.Callback):
             )
         self.kept = dict(state_dict["kept"])
         self._gradients.load_state_dict(state_dict["gradients"])
-        self._finished_with = state_dict["finished_with"]
         self._resumed = bool(self.kept)
         self.end_step = self.end_step or state_dict["end_step"]
-
-    @property
-    def _finished(self) -> bool:
-        """Whether the last blocks of this schedule have gone."""
-        return self._finished_with == (self.end_step, self.sparsity)
 
     def _leave(self) -> None:
         for hook in self._hooks:

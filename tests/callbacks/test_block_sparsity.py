@@ -336,6 +336,9 @@ def test_a_callback_is_used_again_for_another_student(make_trainer):
     module = kd(student=MLP((8, 16, 16, 4)))
     make_trainer(max_steps=4, max_epochs=-1, callbacks=[blocks]).fit(module, datamodule=data())
     assert blocks.report(module).block_sparsity == 0.5
+    module = kd()
+    make_trainer(max_steps=4, max_epochs=-1, callbacks=[blocks]).fit(module, datamodule=data())
+    assert blocks.report(module).block_sparsity == 0.5
 
 
 @pytest.mark.parametrize("fails", [False, True])
