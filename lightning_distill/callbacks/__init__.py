@@ -8,6 +8,7 @@ if __name__ == "callbacks":
 from lightning_distill.callbacks.adapter_mean_teacher import AdapterMeanTeacher
 from lightning_distill.callbacks.balanced_magnitudes import BalancedMagnitudes
 from lightning_distill.callbacks.bit_search import BitSearch
+from lightning_distill.callbacks.block_sparsity import BlockSparsity
 from lightning_distill.callbacks.cache_writer import CacheWriter
 from lightning_distill.callbacks.curriculum import CurriculumResampling
 from lightning_distill.callbacks.difficulty import TaskDifficulty
@@ -49,6 +50,7 @@ __all__ = [
     "AlternatingQuantization",
     "BalancedMagnitudes",
     "BitSearch",
+    "BlockSparsity",
     "CAGrad",
     "CacheWriter",
     "CurriculumResampling",

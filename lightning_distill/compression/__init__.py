@@ -1,5 +1,13 @@
 """Smaller and faster students."""
 
+from lightning_distill.compression.block_sparsity import block_mask, block_masks, cubic_sparsity
+from lightning_distill.compression.blocks import (
+    BLOCK_SIZES,
+    block_importance,
+    block_norms,
+    block_size,
+    element_mask,
+)
 from lightning_distill.compression.early_exit import EarlyExitNetwork
 from lightning_distill.compression.exit_calibration import (
     ExitMeasurements,
@@ -25,15 +33,28 @@ from lightning_distill.compression.low_rank import (
     largest_rank,
     low_rank_factors,
 )
+from lightning_distill.compression.sparse_files import SparseFile, read_block_sparse, write_block_sparse
+from lightning_distill.compression.sparse_layers import LayerSparsity, SparsityReport, sparsity_report
 
 __all__ = [
+    "BLOCK_SIZES",
     "EarlyExitNetwork",
     "ExitMeasurements",
     "ExitReport",
     "LayerRank",
+    "LayerSparsity",
     "LowRankReport",
+    "SparseFile",
+    "SparsityReport",
+    "block_importance",
+    "block_mask",
+    "block_masks",
+    "block_norms",
+    "block_size",
     "calibrate_exits",
     "choose_thresholds",
+    "cubic_sparsity",
+    "element_mask",
     "energy_rank",
     "evaluate_exits",
     "exit_confidence",
@@ -46,4 +67,7 @@ __all__ = [
     "low_rank_factors",
     "measure_exits",
     "plot_exit_curve",
+    "read_block_sparse",
+    "sparsity_report",
+    "write_block_sparse",
 ]
