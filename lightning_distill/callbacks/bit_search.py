@@ -71,7 +71,7 @@ class BitSearch(L.Callback):
         *,
         max_latency: float | None = None,
         max_energy: float | None = None,
-        cost_model: str | CostModel | None = None,  # a file of one is a text to the command line
+        cost_model: CostModel | str | None = None,
         sensitivity: Sensitivity = "kl",
         refinement: Refinement = "neighbours",
         points: int = 14,

@@ -152,9 +152,8 @@ class CostModel:
         return CostReport(layers, size, self.name)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        values = asdict(self)
-        write_json(Path(path), values)  # infinity becomes null
+        """Write it as JSON; what is infinite, as by default, is left out."""
+        write_json(Path(path), {name: value for name, value in asdict(self).items() if value not in (math.inf, None)})
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
@@ -166,12 +165,10 @@ class CostModel:
         """
         values = read_json(Path(path))
         expected = set(cls.__dataclass_fields__)
-        if not isinstance(values, dict) or set(values) != expected:
+        if not isinstance(values, dict) or not {"name", "speedups", "picojoules"} <= set(values) <= expected:
             raise ValueError(f"{str(path)!r} is no cost model: expected the keys {sorted(expected)}.")
         for name in ("speedups", "picojoules"):
             values[name] = {int(bits): value for bits, value in values[name].items()}
-        for name in ("throughput", "bandwidth"):
-            values[name] = math.inf if values[name] is None else values[name]
         return cls(**values)
 
 
