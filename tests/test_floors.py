@@ -12,7 +12,7 @@ FLOORS = [
     {"temperature", "weighting"},
     {"metrics", "sample_difficulty", "selection"},
     {"tasks"},
-    {"diagnostics", "embedding", "export", "nbest", "quantization", "residual"},
+    {"diagnostics", "embedding", "evaluation", "export", "nbest", "quantization", "residual"},
     {"hardware", "recovery"},
     {"bit_search", "compression", "decoding", "teachers"},
     {"stages"},

@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill.adapters import has_adapter, leave_base_out, put_base_back
 from lightning_distill.deferred import give_weights
+from lightning_distill.evaluation import Evaluation
 from lightning_distill.export import merged, standalone, write_network
 from lightning_distill.losses.lazy import is_unbuilt
 from lightning_distill.losses.term import Term, reduce_items
 from lightning_distill.modes import inference
-from lightning_distill.modules.evaluation import Evaluation
 from lightning_distill.modules.first_samples import first_samples
 from lightning_distill.modules.hyperparameters import save_plain_hyperparameters
 from lightning_distill.modules.item_count import Count, ItemCount

@@ -14,7 +14,8 @@ from lightning_distill.quantization.network import (
     set_bits,
     unprepare,
 )
-from lightning_distill.quantization.onnx_export import OnnxReport, export_onnx, onnx_latency, run_onnx
+from lightning_distill.quantization.onnx_export import OnnxReport, export_onnx
+from lightning_distill.quantization.onnx_runtime import OnnxNetwork, onnx_latencies, onnx_latency, run_onnx
 from lightning_distill.quantization.packed import pack_bits, read_packed, unpack_bits, write_packed
 from lightning_distill.quantization.scales import (
     affine_scale,
@@ -39,6 +40,7 @@ __all__ = [
     "IntegerWeight",
     "LayerSize",
     "MonotonicityReport",
+    "OnnxNetwork",
     "OnnxReport",
     "QuantSpec",
     "QuantizationError",
@@ -63,6 +65,7 @@ __all__ = [
     "monotonicity_report",
     "mse_affine_scale",
     "mse_scale",
+    "onnx_latencies",
     "onnx_latency",
     "pack_bits",
     "prepare",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from lightning_distill.modes import inference
 from lightning_distill.quantization.network import quantized_layers, require_in_force
 from lightning_distill.quantization.onnx_graph import Graph, fold_batch_norms, quantize_convolution_biases
 from lightning_distill.quantization.onnx_layers import OPSET, to_onnx_layer
+from lightning_distill.quantization.onnx_runtime import Inputs, as_tuple, run_onnx, said
 
-Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 _LARGEST = 2**31 - 1  # bytes that a file of protocol buffers holds
 
 
@@ -96,7 +95,7 @@ def export_onnx(
     _require_packages()
     _check(model)
     with inference(model):
-        expected = _said(_call(model, inputs))
+        expected = said(_call(model, inputs))
     onnx_model = _converted(model, inputs, dynamic or {0: "batch"}, accuracy_level)
     if onnx_model.ByteSize() > _LARGEST:
         raise ValueError(f"The network takes {onnx_model.ByteSize():,} bytes; one ONNX file holds {_LARGEST:,}.")
@@ -122,41 +121,12 @@ def export_onnx(
     return report
 
 
-def run_onnx(path: str | Path, inputs: Inputs) -> Tensor:
-    """What the network in an ONNX file says about ``inputs``."""
-    session = _session(path, threads=1)
-    return torch.from_numpy(session.run(None, _feeds(session, inputs))[0])
-
-
-def onnx_latency(path: str | Path, inputs: Inputs, *, repeats: int = 30, threads: int = 1) -> float:
-    """Least seconds that ONNX Runtime takes for ``inputs``, on the CPU.
-
-    Args:
-        path: An ``.onnx`` file.
-        inputs: One batch.
-        repeats: Runs that are timed, at least 1, after three that are not.
-        threads: Of the runtime.
-
-    Raises:
-        ValueError: If ``repeats`` is less than 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
-    session = _session(path, threads=threads)
-    feeds, times = _feeds(session, inputs), []
-    for _ in range(3 + repeats):
-        start = time.perf_counter()
-        session.run(None, feeds)
-        times.append(time.perf_counter() - start)
-    return min(times[3:])
-
-
 def _converted(model: nn.Module, inputs: Inputs, dynamic: Mapping[int, str], accuracy_level: int) -> Any:
     network = copy.deepcopy(model).eval()
     for name, layer in quantized_layers(network).items():
         to_onnx_layer(layer, name, accuracy_level=accuracy_level)
     names = list(inputs) if isinstance(inputs, Mapping) else []
-    args: tuple[Tensor, ...] = tuple(inputs.values()) if isinstance(inputs, Mapping) else _tensors(inputs)
+    args: tuple[Tensor, ...] = tuple(inputs.values()) if isinstance(inputs, Mapping) else as_tuple(inputs)
     dimensions = {index: torch.export.Dim(name) for index, name in dynamic.items()}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # several inputs have one batch dimension
@@ -188,19 +158,8 @@ class _OneOutput(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if self.names:
-            return _said(self.network(**dict(zip(self.names, inputs, strict=True))))
-        return _said(self.network(*inputs))
-
-
-def _tensors(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-
-
-def _said(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise TypeError(f"The network must return a tensor, or something with `logits`, got {type(output).__name__}.")
-    return found
+            return said(self.network(**dict(zip(self.names, inputs, strict=True))))
+        return said(self.network(*inputs))
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Any:
@@ -225,23 +184,6 @@ def _float32_bytes(model: nn.Module) -> int:
     if quantized_layers(model):
         return size_report(model).float32_bytes
     return 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _session(path: str | Path, *, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _feeds(session: Any, inputs: Inputs) -> dict[str, Any]:
-    if isinstance(inputs, Mapping):
-        given: dict[str, Tensor] = dict(inputs)
-    else:
-        given = dict(zip((put.name for put in session.get_inputs()), _tensors(inputs), strict=True))
-    return {put.name: given[put.name].numpy() for put in session.get_inputs()}
 
 
 def _require_packages() -> None:

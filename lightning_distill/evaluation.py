@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from lightning_distill.modes import inference
 from lightning_distill.outputs import Outputs, Step
 from lightning_distill.tasks import Task
 
@@ -67,3 +69,39 @@ class Evaluation:
         for name, metric in metrics.items():
             metric.update(predictions, target)
             self._fed.add(name)
+
+
+def evaluate(
+    network: nn.Module, batches: Iterable[Any], task: Task, *, reference: nn.Module | None = None
+) -> dict[str, float]:
+    """The task's metrics of ``network`` on ``batches``, in eval mode; without a Trainer, in this process.
+
+    Args:
+        network: Reads batches as ``task`` says.
+        batches: With labels; on the network's device.
+        task: Which metrics there are.
+        reference: What the network is to imitate: adds the imitation metrics, such as ``agreement``.
+
+    Raises:
+        ValueError: If there is no batch.
+
+    Example:
+        >>> from lightning_distill.tasks import Classification
+        >>> batch = (torch.eye(3), torch.tensor([0, 1, 0]))
+        >>> round(evaluate(nn.Identity(), [batch], Classification())["accuracy"], 4)
+        0.6667
+    """
+    measured: Evaluation | None = None
+    with inference(network):
+        for batch in batches:
+            student = task.run(network, batch)
+            teacher = None
+            if reference is not None:
+                with inference(reference):
+                    teacher = task.run(reference, batch)
+            measured = measured or Evaluation(task, student)
+            step = Step(batch, student, teacher, labels=task.labels(batch), mask=task.mask(batch, student))
+            measured.update(step)
+    if measured is None:
+        raise ValueError("`batches` is empty: there is nothing to measure on.")
+    return {name: float(value) for name, value in measured.compute().items()}
