@@ -1,6 +1,7 @@
 """What README, docs and examples tell people to type works."""
 
 import importlib.util
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -144,8 +145,12 @@ def test_every_printed_search_runs(line, examples):
 @pytest.mark.parametrize("line", printed("pipeline"), ids=" ".join)
 def test_every_printed_pipeline_runs(line, examples):  # tests/pipeline/test_asynchronous.py has those of processes
     main(line)
-    folder = Path(yaml.safe_load(Path(line[2]).read_text())["folder"])
+    configuration = yaml.safe_load(Path(line[2]).read_text())
+    folder = Path(configuration["folder"])
     assert (folder / "report.png").stat().st_size > 0
+    if "onnx_samples" in configuration:
+        measured = json.loads((folder / "onnx" / "deployed.json").read_text())["networks"]
+        assert [network["name"] for network in measured] == list(configuration["stages"])
 
 
 @pytest.mark.filterwarnings("ignore")

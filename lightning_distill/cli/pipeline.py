@@ -39,6 +39,8 @@ def run_asynchronous_pipeline(arguments: Sequence[str]) -> None:
 def _show(report: PipelineReport) -> None:
     if first_process():
         rich.print(report)
+        if report.deployed is not None:
+            rich.print(report.deployed)
         rich.print(f"Networks, checkpoints and plot are in [bold]{report.folder}[/bold].")
 
 
@@ -51,6 +53,8 @@ def pipeline_configured(
     save_every_n_steps: int | None = None,
     seed: int = 0,
     start_stage: str | None = None,
+    onnx_samples: int | None = None,
+    cost_model: str = "ideal",
 ) -> PipelineReport:
     """Train the stages of a pipeline one after the other, each from the best checkpoint of those before.
 
@@ -68,13 +72,15 @@ def pipeline_configured(
         save_every_n_steps: Save in the middle of an epoch too.
         seed: Of everything random, in each stage.
         start_stage: Train this stage and all that follow anew; what they had is moved aside.
+        onnx_samples: Also write every stage's network for ONNX Runtime and measure it there, timed on so many samples.
+        cost_model: For its predictions: ideal, compute, or the file that `lightning-distill cost` has written.
 
     Raises:
         ValueError: If a stage's configuration is not valid; the message names the stage.
     """
     settings = {"monitor": monitor, "mode": mode, "save_every_n_steps": save_every_n_steps}
     pipeline = _configured(stages, folder, common, settings, seed)
-    return pipeline.run(folder, seed=seed, start_stage=start_stage)
+    return pipeline.run(folder, seed=seed, start_stage=start_stage, onnx_samples=onnx_samples, cost_model=cost_model)
 
 
 def asynchronous_configured(

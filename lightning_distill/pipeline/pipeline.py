@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from torch import distributed
 
 from lightning_distill.comparison.files import slug
+from lightning_distill.hardware import CostModel
+from lightning_distill.hardware import cost_model as find_cost_model
+from lightning_distill.pipeline.deployed import measure_deployed
 from lightning_distill.pipeline.manifest import (
     begin_manifest,
     check_manifest,
@@ -19,6 +23,8 @@ from lightning_distill.pipeline.report import PipelineReport, pipeline_report
 from lightning_distill.pipeline.running import build_stage, first_process, restored, train_stage
 from lightning_distill.pipeline.stage import Stage
 from lightning_distill.stages import Earlier, EarlierStage
+
+ONNX = "onnx"
 
 
 class Pipeline:
@@ -60,6 +66,8 @@ class Pipeline:
         *,
         seed: int = 0,
         start_stage: str | None = None,
+        onnx_samples: int | None = None,
+        cost_model: str | Path | CostModel = "ideal",
         console: Console | None = None,
     ) -> PipelineReport:
         """Train what is not trained yet.
@@ -73,6 +81,10 @@ class Pipeline:
             seed: ``seed_everything(seed)`` is called before each stage is built.
             start_stage: Train this stage and all that follow anew. What they had is moved aside, not deleted. Only in
                 one process (before the others are started by a launcher).
+            onnx_samples: Also write each stage's network as an ONNX file into the folder ``onnx``, and measure those on
+                the last stage's test data, timed on so many samples; see
+                :func:`~lightning_distill.pipeline.measure_deployed`.
+            cost_model: For its predictions: ``"ideal"``, ``"compute"``, a file or a model.
             console: Where progress is told; by default the terminal.
 
         Returns:
@@ -84,6 +96,9 @@ class Pipeline:
             TypeError: If a stage builds no experiment, or its module cannot be exported.
         """
         folder = Path(folder)
+        if onnx_samples is not None and not onnx_samples >= 1:
+            raise ValueError(f"`onnx_samples` must be at least 1, got {onnx_samples}.")
+        model = find_cost_model(cost_model)
         if start_stage is not None:
             self._set_aside(folder, start_stage)
         console = console or Console()
@@ -112,6 +127,15 @@ class Pipeline:
                     console.print(report.stages[-1].line(), markup=False)
         if first_process():
             report.plot()
+            if onnx_samples is not None:
+                if experiment.datamodule is None:
+                    raise ValueError("`onnx_samples` needs a data module in the last stage, whose test data it reads.")
+                task = getattr(experiment.module, "task", None)
+                networks = {stage.name: stage.network for stage in earlier}
+                deployed = measure_deployed(
+                    networks, experiment.datamodule, folder / ONNX, task=task, samples=onnx_samples, cost_model=model
+                )
+                report = replace(report, deployed=deployed)
         return report
 
     def _set_aside(self, folder: Path, start_stage: str) -> None:

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from lightning_distill.comparison.files import slug
 from lightning_distill.files import write_json
+from lightning_distill.pipeline.deployed import DeployedReport
 from lightning_distill.pipeline.manifest import finished_manifest
 from lightning_distill.pipeline.stage import Stage
 
@@ -62,11 +63,13 @@ class PipelineReport:
         folder: Of the pipeline.
         monitor: Name of the metric of the first stage.
         stages: In order.
+        deployed: The networks as ONNX Runtime runs them, if that was asked for.
     """
 
     folder: Path
     monitor: str
     stages: list[StageReport]
+    deployed: DeployedReport | None = None
 
     def save(self) -> None:
         """Write ``report.json``."""
@@ -100,7 +103,7 @@ class PipelineReport:
         """The table."""
         measured = [name.replace("/", "/\n", 1) for name in (self.monitor, _on_test(self.monitor))]
         table = Table(
-            Column("stage", overflow="fold"),
+            Column("stage", overflow="fold", min_width=min(12, max(len(stage.name) for stage in self.stages))),
             *(Column(name, justify="right") for name in (measured[0], "kept", measured[1])),
             *(Column(name, justify="right") for name in ("weights", "kB", "MFLOP /\nsample", "time")),
             box=SIMPLE_HEAD,

@@ -65,7 +65,12 @@ def train_stage(
         trainer.strategy.barrier()  # the first process may still be writing the last checkpoint's record
         best = trainer.strategy.broadcast(checkpoint.best())
         metrics: dict[str, float] = {}
-        if best is not None and best.value is not None:
+        value = None if best is None else best.value
+        if best is None and steps == 0 and _has_validation_data(experiment.datamodule):  # nothing was to be trained
+            (measured, *_) = trainer.validate(module, datamodule=experiment.datamodule, verbose=False) or [{}]
+            metrics.update(measured)
+            value = metrics.get(stage.monitor)
+        elif best is not None and value is not None:
             # Reads the weights the way that the strategy wants it.
             (measured, *_) = trainer.validate(
                 module, datamodule=experiment.datamodule, ckpt_path=best.path, verbose=False
@@ -81,7 +86,7 @@ def train_stage(
             where,
             weights=content_hash(where / STUDENT),
             metrics=metrics,
-            metric=None if best is None else best.value,
+            metric=value,
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             bytes=_bytes(network),
             flops=flops,
@@ -170,6 +175,10 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     return [_moved(value, device) for value in batch] if isinstance(batch, (list, tuple)) else batch
+
+
+def _has_validation_data(datamodule: L.LightningDataModule | None) -> bool:
+    return datamodule is not None and type(datamodule).val_dataloader is not L.LightningDataModule.val_dataloader
 
 
 def _has_test_data(datamodule: L.LightningDataModule | None) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +130,7 @@ def _converted(model: nn.Module, inputs: Inputs, dynamic: Mapping[int, str], acc
     names = list(inputs) if isinstance(inputs, Mapping) else []
     args: tuple[Tensor, ...] = tuple(inputs.values()) if isinstance(inputs, Mapping) else as_tuple(inputs)
     dimensions = {index: torch.export.Dim(name) for index, name in dynamic.items()}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "# The axis name")  # several inputs have one batch dimension
+    with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             _OneOutput(network, names).eval(),
             args,
@@ -147,6 +148,21 @@ def _converted(model: nn.Module, inputs: Inputs, dynamic: Mapping[int, str], acc
     quantize_convolution_biases(graph)
     graph.write_back()
     return onnx_model
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without what the exporter says of operations that nobody uses here, and of its own inside."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "# The axis name")  # several inputs have one batch dimension
+            warnings.filterwarnings("ignore", ".*treespec", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 class _OneOutput(nn.Module):

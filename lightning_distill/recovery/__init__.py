@@ -12,6 +12,7 @@ from lightning_distill.recovery.correctors import (
 )
 from lightning_distill.recovery.guard import RecoveryReport, RecoveryStep, bootstrap_refine, recover
 from lightning_distill.recovery.injection import FeatureInjector, adaptive_alpha, feature_injection
+from lightning_distill.recovery.recovered import recovered
 
 __all__ = [
     "AttentionCorrector",
@@ -32,4 +33,5 @@ __all__ = [
     "linear_correction",
     "recalibrate_batch_norm",
     "recover",
+    "recovered",
 ]
