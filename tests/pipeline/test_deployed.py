@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -13,8 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.hardware import CostModel
 from lightning_distill.networks import MLP
-from lightning_distill.pipeline import measure_deployed
-from lightning_distill.quantization import QuantSpec, calibrate, prepare, run_onnx
+from lightning_distill.pipeline import deployed, measure_deployed
+from lightning_distill.quantization import QuantSpec, calibrate, export_onnx, prepare, run_onnx
 
 pytest.importorskip("onnxruntime")
 MACHINE = CostModel(throughput=1e9, bandwidth=1e9, name="a machine")
@@ -50,6 +51,7 @@ def test_files_are_measured_on_the_test_data_and_kept(networks, data, tmp_path):
         expected = MACHINE.estimate(network, x[:4])
         assert (row.predicted_seconds, row.energy) == (expected.latency, expected.energy)
         assert row.seconds > 0
+        assert row.relative_error < 0.02
     assert report.networks[0].relative_time == 1
     assert report.samples == 4
     written = json.loads((tmp_path / "onnx" / "deployed.json").read_text())
@@ -77,6 +79,15 @@ def test_a_new_measurement_takes_the_place_of_the_old_one(data, tmp_path):
     second = measure_deployed({"net": small}, data, tmp_path, repeats=1)
     assert second.networks[0].bytes < first.networks[0].bytes
     assert (tmp_path / "net.onnx").stat().st_size == second.networks[0].bytes
+
+
+def test_a_file_that_says_something_else_is_reported(networks, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        deployed, "export_onnx", lambda *args, **named: replace(export_onnx(*args, **named), relative_error=0.3)
+    )
+    with pytest.warns(UserWarning, match=r"outputs of 'few bits' differ by 0\.3 of their size"):
+        report = measure_deployed({"few bits": networks["few bits"]}, data, tmp_path, repeats=1)
+    assert report.networks[0].relative_error == 0.3
 
 
 def test_bad_arguments_are_refused(networks, data, tmp_path):
