@@ -53,6 +53,11 @@ def search_configured(
     pruner: Literal["median", "halving", "none"] | None = None,
     seed: int = 0,
     title: str | None = None,
+    max_bytes: float | None = None,
+    max_latency: float | None = None,
+    max_energy: float | None = None,
+    cost_samples: int = 1,
+    cost_model: str | None = None,
     fresh: bool = False,
 ) -> Search:
     """Search for the settings that do best on the validation data.
@@ -78,13 +83,21 @@ def search_configured(
         pruner: How hopeless trials are stopped: median (the default for one metric), halving or none.
         seed: Of the proposals.
         title: Heading of table and plots.
+        max_bytes: Most bytes of a student's weights, quantized ones packed. A trial over a limit is not trained.
+        max_latency: Most seconds of a student for cost_samples samples, as cost_model says.
+        max_energy: Most joules of a student for cost_samples samples, as cost_model says.
+        cost_samples: Samples that latency and energy are those of.
+        cost_model: ideal, compute, or the file that `lightning-distill cost` has written.
         fresh: Delete the search in the folder and start over.
 
     Raises:
         ValueError: If a configuration is not valid; the message names the setting.
         ImportError: If Optuna is not installed.
     """
-    from lightning_distill.search import read_space, search
+    from lightning_distill.search import Limits, read_space, search
+
+    limited = any(limit is not None for limit in (max_bytes, max_latency, max_energy))
+    limits = Limits(max_bytes, max_latency, max_energy, cost_samples, cost_model) if limited else None
 
     parameters = read_space(space)
     references = {name: merged(base, change) for name, change in (reference or {}).items()}
@@ -115,6 +128,7 @@ def search_configured(
         start=_present(base, parameters),
         reference={name: ConfiguredMethod(name, configuration, folder) for name, configuration in references.items()},
         configuration={"base": base, "reference": references},
+        limits=limits,
         fresh=fresh,
         title=title,
     )

@@ -8,9 +8,10 @@ if importlib.util.find_spec("optuna") is None:
         "`pip install 'lightning-distill[search]'`."
     )
 
+from lightning_distill.search.limits import Limits
 from lightning_distill.search.main import search
 from lightning_distill.search.result import Search, Trial
 from lightning_distill.search.space import Parameter, read_space
 from lightning_distill.search.trial import ReportToOptuna
 
-__all__ = ["Parameter", "ReportToOptuna", "Search", "Trial", "read_space", "search"]
+__all__ = ["Limits", "Parameter", "ReportToOptuna", "Search", "Trial", "read_space", "search"]

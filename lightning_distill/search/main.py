@@ -21,6 +21,7 @@ from lightning_distill.comparison.comparison import Goal
 from lightning_distill.comparison.files import clear, open_folder, run_folder
 from lightning_distill.comparison.runs import Method, run
 from lightning_distill.comparison.table import duration, number
+from lightning_distill.search.limits import Limits
 from lightning_distill.search.result import Search, State, Trial
 from lightning_distill.search.space import Label, Parameter, read_space
 from lightning_distill.search.study import (
@@ -62,6 +63,7 @@ def search(
     start: Mapping[str, Any] | None = None,
     reference: Mapping[str, Method] | None = None,
     configuration: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
     fresh: bool = False,
     title: str | None = None,
     console: Console | None = None,
@@ -98,6 +100,7 @@ def search(
         reference: What is trained once before the trials, a teacher perhaps; see
             :func:`~lightning_distill.comparison.compare`.
         configuration: What describes the search, as JSON; that of the folder must be the same.
+        limits: What a student may cost; a trial over it counts as pruned and is not trained.
         fresh: Delete the search in ``folder`` and start over.
         title: Heading of table and plots.
         console: Where progress is shown; by default the terminal.
@@ -126,6 +129,7 @@ def search(
             "sampler": sampler,
             "pruner": pruner,
             "seed": seed,
+            **({} if limits is None else {"limits": limits.as_dict()}),
         },
     }
     with _quiet_optuna():
@@ -163,6 +167,7 @@ def search(
                         metrics=metrics,
                         prune=pruner != "none",
                         report=_reporter(progress, task, done),
+                        limits=limits,
                     )
                 finally:
                     lock.release()
@@ -252,7 +257,8 @@ def _line(found: Search, trial_number: int) -> str:
     )
     text = f"trial {trial.number}: {metrics}" if metrics else f"trial {trial.number}"
     if trial.state != "complete":
-        text += f" {trial.state}" + (f" after {trial.steps} validations" if trial.state == "pruned" else "")
+        how = trial.note if trial.note and trial.steps == 0 else f"after {trial.steps} validations"
+        text += f" {trial.state}" + (f" {how}" if trial.state == "pruned" else "")
     text += f", {duration(trial.seconds)}"
     if len(found.metrics) == 1 and found.complete:
         text += f" (best {number(found.best.values[0], found.metrics[0])}, trial {found.best.number})"

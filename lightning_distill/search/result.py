@@ -28,12 +28,13 @@ class Trial:
 
     Attributes:
         number: From 0.
-        state: ``"complete"``, ``"pruned"`` (hopeless), ``"failed"`` (a loss was not finite) or ``"running"``.
+        state: ``"complete"``, ``"pruned"`` (hopeless, or its student costs too much), ``"failed"`` (a loss was not
+            finite) or ``"running"``.
         settings: By dotted path.
         values: Validation metrics, means over the seeds; a pruned trial has the first, where it stopped; or none.
         seconds: Duration of its trainings.
         steps: Validations that were reported to the pruner.
-        note: Why it failed.
+        note: Why it failed, or what was over a limit.
     """
 
     number: int

@@ -22,6 +22,7 @@ from lightning_distill.comparison.runs import (
     raise_keyboard_interrupt,
 )
 from lightning_distill.files import read_json, write_json
+from lightning_distill.search.limits import Limits
 
 Build = Callable[[Mapping[str, Any], int], Experiment]
 """Makes an experiment from the settings, by name, and a seed; called after ``seed_everything(seed)``."""
@@ -83,6 +84,7 @@ def train_trial(
     metrics: Sequence[str],
     prune: bool,
     report: Callable[[float], None],
+    limits: Limits | None = None,
 ) -> tuple[list[float], float]:
     """Train ``settings`` with each seed and return the mean of each validation metric over the seeds, and the seconds.
 
@@ -97,9 +99,10 @@ def train_trial(
         metrics: Names of the validation metrics.
         prune: Whether the trial may be stopped early, by its first metric.
         report: Told the fraction that is done.
+        limits: What the student may cost.
 
     Raises:
-        optuna.TrialPruned: If it was stopped.
+        optuna.TrialPruned: If it was stopped, or was not begun because its student costs too much.
         FloatingPointError: If a loss, or a metric at the end, was not finite.
         ValueError: If a metric was not logged, or ``build`` returned a part of an earlier run.
     """
@@ -116,6 +119,7 @@ def train_trial(
             first_step=validations,
             prune=prune,
             report=lambda fraction, i=i: report((i + fraction) / len(seeds)),  # type: ignore[misc]
+            limits=limits,
         )
         found.append([result[metric] for metric in metrics])
         validations += int(result["validations"])
@@ -134,6 +138,7 @@ def _trained(
     first_step: int,
     prune: bool,
     report: Callable[[float], None],
+    limits: Limits | None,
 ) -> dict[str, float]:
     path = folder / RESULT
     if path.exists():
@@ -149,6 +154,9 @@ def _trained(
         experiment = build(settings, seed)
         name = f"trial {trial.number}"
         check_experiment(experiment, name=name, seed=seed, seen=weakref.WeakSet())
+        if limits is not None and (excess := limits.excess(limits.measure(experiment))):
+            trial.set_user_attr("note", f"over the limits: {excess}")
+            raise optuna.TrialPruned(f"The student costs too much: {excess}.")
         trainer = make_trainer(experiment, name=name, folder=folder, callbacks=[*callbacks, last])
         resume = last.path if last.path.exists() else None
         with raise_keyboard_interrupt(trainer):

@@ -100,6 +100,16 @@ def test_a_search_and_the_comparison_that_it_prints(folder, capsys):
     assert not (folder / "found" / "confirmation" / "teacher").exists()  # that of the search teaches
 
 
+def test_students_over_a_limit_are_not_trained(folder):
+    sizes = {"model.init_args.student.init_args.sizes": [[64, 8, 10], [64, 80, 10]]}
+    limits = ["--max_bytes", "4000", "--max_latency", "1", "--cost_model", "ideal", "--sampler", "random"]
+    main([*write(folder, trials=4, space=sizes), *limits])
+    found = read_json(folder / "found" / "results.json")["trials"]
+    assert {trial["state"] for trial in found} == {"complete", "pruned"}
+    for trial in found:
+        assert (trial["note"] == "over the limits: bytes 24040, limit 4000") == (trial["state"] == "pruned")
+
+
 def test_configurations_reach_the_command_as_they_are_written(folder, monkeypatch):
     """With the class's defaults filled in, a method could not be merged into what is common."""
     seen = {}
