@@ -1,6 +1,7 @@
 """What a network costs on hardware: latency, energy, and shapes that vector units like."""
 
 from lightning_distill.hardware.alignment import align_channels, is_aligned, simd_width
+from lightning_distill.hardware.bit_operations import bit_operations
 from lightning_distill.hardware.calibration import (
     calibrate_cost_model,
     calibration_workloads,
@@ -21,6 +22,7 @@ __all__ = [
     "LayerCost",
     "LayerEstimate",
     "align_channels",
+    "bit_operations",
     "calibrate_cost_model",
     "calibration_workloads",
     "compute_latency",
