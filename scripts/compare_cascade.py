@@ -18,6 +18,7 @@ import statistics
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -64,7 +65,7 @@ def fit(module: DistillationModule, data: MNIST1DDataModule, epochs: int) -> Non
     trainer.fit(module, datamodule=data)
 
 
-def optimization(rate: float, epochs: int) -> dict[str, object]:
+def optimization(rate: float, epochs: int) -> dict[str, Any]:
     return {
         "optimizer": partial(torch.optim.AdamW, lr=rate, weight_decay=0.01),
         "lr_scheduler": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=rate, total_steps=BATCHES * epochs),
@@ -73,17 +74,21 @@ def optimization(rate: float, epochs: int) -> dict[str, object]:
 
 
 def supervised(network: nn.Module, heads: AuxiliaryHeads, rate: float, epochs: int) -> DeepSupervision:
-    return DeepSupervision(network, heads, temperature=2.0, alpha=0.7, **optimization(rate, epochs))  # type: ignore[arg-type]
+    settings: Any = optimization(rate, epochs)
+    return DeepSupervision(network, heads, temperature=2.0, alpha=0.7, **settings)
 
 
-def networks(seed: int, epochs: int, more: int) -> tuple[EarlyExitNetwork, PrecisionCascade, MNIST1DDataModule]:
+def networks(
+    seed: int, width: int, epochs: int, more: int
+) -> tuple[EarlyExitNetwork, PrecisionCascade, MNIST1DDataModule]:
     """Early exits at 8 bits and the cascade, of one first network."""
     L.seed_everything(seed, verbose=False)
     data = MNIST1DDataModule(batch_size=100, seed=seed)
-    network = ResNet1d()
+    network = ResNet1d([width] * 3)
     heads = AuxiliaryHeads(["blocks.0", "blocks.1"], "linear", weights=0.5, pool="flatten", channel_dim=1)
     fit(supervised(network, heads, RATES[0], epochs), data, epochs)
     members: list[nn.Module] = []
+    settings: Any = optimization(RATES[1], more)
     for bits in BITS:
         L.seed_everything(seed, verbose=False)
         student = QADModule(
@@ -91,7 +96,7 @@ def networks(seed: int, epochs: int, more: int) -> tuple[EarlyExitNetwork, Preci
             spec=QuantSpec(bits, activations=8),
             temperature=2.0,
             alpha=0.7,
-            **optimization(RATES[1], more),  # type: ignore[arg-type]
+            **settings,
         )
         fit(student, data, more)
         members.append(student.student.eval())
@@ -108,6 +113,7 @@ def networks(seed: int, epochs: int, more: int) -> tuple[EarlyExitNetwork, Preci
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=52, help="Channels of the network.")
     parser.add_argument("--epochs", type=int, default=8, help="Of the first network.")
     parser.add_argument("--more", type=int, default=4, help="Epochs of each second training.")
     parser.add_argument("--plot", type=Path, help="Write the curves of the first seed to this PNG.")
@@ -117,7 +123,7 @@ def main() -> None:
     found: dict[str, list[ExitReport]] = {}
     with quiet_lightning():
         for seed in range(options.seeds):
-            early, cascade, data = networks(seed, options.epochs, options.more)
+            early, cascade, data = networks(seed, options.width, options.epochs, options.more)
             validation, test = data.val_dataloader(), data.test_dataloader()
             measured = measure_cascade(cascade, test)
             for name, report in measured.alone().items():
@@ -138,7 +144,8 @@ def main() -> None:
                     for name in ("early exits", "cascade (next)")
                 }
                 plot_exit_curves(curves, options.plot, marks=chosen | marks)
-    print(f"{options.seeds} seeds, {options.epochs} + {options.more} epochs, rates {RATES}, test accuracy in points")
+    setting = f"{options.seeds} seeds, width {options.width}, {options.epochs} + {options.more} epochs, rates {RATES}"
+    print(f"{setting}, test accuracy in points")
     for name, reports in sorted(found.items(), key=lambda item: item[0].split(",")[0]):
         accuracies = [100 * report.accuracy for report in reports]
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
