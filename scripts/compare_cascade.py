@@ -37,7 +37,6 @@ from lightning_distill.compression import (
     evaluate_cascade,
     evaluate_exits,
     measure_cascade,
-    measure_exits,
     plot_exit_curves,
 )
 from lightning_distill.datamodules import MNIST1DDataModule
@@ -116,7 +115,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=52, help="Channels of the network.")
     parser.add_argument("--epochs", type=int, default=8, help="Of the first network.")
     parser.add_argument("--more", type=int, default=4, help="Epochs of each second training.")
-    parser.add_argument("--plot", type=Path, help="Write the curves of the first seed to this PNG.")
+    parser.add_argument("--plot", type=Path, help="Write the first seed's points to this PNG.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="No sample leaves")
@@ -125,10 +124,9 @@ def main() -> None:
         for seed in range(options.seeds):
             early, cascade, data = networks(seed, options.width, options.epochs, options.more)
             validation, test = data.val_dataloader(), data.test_dataloader()
-            measured = measure_cascade(cascade, test)
-            for name, report in measured.alone().items():
-                found.setdefault(f"{name} alone", []).append(report)
-            marks = {f"{name} alone": report for name, report in measured.alone().items()}
+            marks = {f"{name} alone": report for name, report in measure_cascade(cascade, test).alone().items()}
+            for name, report in marks.items():
+                found.setdefault(name, []).append(report)
             for drop in DROPS:
                 calibrate_exits(early, validation, max_drop=drop)
                 found.setdefault(f"early exits, {drop:.1%} allowed", []).append(evaluate_exits(early, test))
@@ -138,12 +136,9 @@ def main() -> None:
                     report = evaluate_cascade(cascade, test)
                     found.setdefault(f"cascade ({escalate}), {drop:.1%} allowed", []).append(report)
             if options.plot and seed == 0:
-                curves = {"early exits": measure_exits(early, test).curve(), "cascade": measured.curve()}
-                chosen = {
-                    f"{name}, 1% allowed": found[f"{name}, 1.0% allowed"][0]
-                    for name in ("early exits", "cascade (next)")
-                }
-                plot_exit_curves(curves, options.plot, marks=chosen | marks)
+                ways = ("early exits", "cascade (next)", "cascade (direct)")
+                curves = {way: [found[f"{way}, {drop:.1%} allowed"][0] for drop in DROPS] for way in ways}
+                plot_exit_curves(curves, options.plot, marks=marks)
     setting = f"{options.seeds} seeds, width {options.width}, {options.epochs} + {options.more} epochs, rates {RATES}"
     print(f"{setting}, test accuracy in points")
     for name, reports in sorted(found.items(), key=lambda item: item[0].split(",")[0]):

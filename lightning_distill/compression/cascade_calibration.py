@@ -50,9 +50,13 @@ class CascadeMeasurements:
         return replace(report, whole="last network", unit=self.unit, bits=self.bits)
 
     def curve(self, points: int = 25) -> list[ExitReport]:
-        """Accuracy against cost, with one threshold for all networks."""
+        """Accuracy against cost, from everybody at the first network to everybody through all of them.
+
+        With one threshold for all networks, which are as sure in different ways: :meth:`choose` does better. The last
+        network alone is in :meth:`alone`.
+        """
         width = self.confidences.shape[1]
-        return [self.report([threshold] * width) for threshold in curve_thresholds(self.confidences, points)]
+        return [self.report([threshold] * width) for threshold in curve_thresholds(self.confidences, points)[:-1]]
 
     def alone(self) -> dict[str, ExitReport]:
         """Each network on all samples, without a cascade: what the cascade has to be better than."""
