@@ -98,7 +98,7 @@ def fold_batch_norms(network: nn.Module) -> tuple[tuple[str, str], ...]:
     afterwards. Of quantized ones :func:`~lightning_distill.quantization.export_onnx` folds them.
 
     Args:
-        network: In eval mode, and such as ``torch.fx`` can trace.
+        network: In eval mode, and such as ``torch.fx`` can trace. Linear layers before a normalization make ``(B, C)``.
 
     Returns:
         Names of the layers and normalizations that are one now.

@@ -24,9 +24,9 @@ from lightning_distill.compression import (
     plot_exit_curves,
 )
 from lightning_distill.hardware import bit_operations
-from lightning_distill.networks import MLP, ConvNet2d
+from lightning_distill.networks import MLP, ConvNet2d, from_config
 from lightning_distill.quantization import QuantSpec, calibrate, prepare, quantized_layers, set_bits
-from lightning_distill.tasks import Regression
+from lightning_distill.tasks import Regression, SequenceClassification
 
 
 class Counting(nn.Module):
@@ -172,6 +172,23 @@ def test_everything_with_one_row_per_sample_is_split():
     assert set(cascade.exits.tolist()) == {0, 1}
     everything = torch.stack(cascade.all_logits(x, mask=mask, scale=scale))
     torch.testing.assert_close(logits, everything[cascade.exits, torch.arange(40)])
+
+
+@pytest.mark.parametrize("escalate", ["next", "direct"])
+def test_sequences_take_their_masks_along(escalate):
+    settings = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings |= {"intermediate_size": 32, "num_labels": 4, "initializer_range": 0.5}
+    cascade = PrecisionCascade([from_config("bert", "sequence-classification", settings) for _ in range(2)]).eval()
+    cascade.escalate = escalate
+    mask = (torch.arange(6) < torch.randint(2, 7, (20, 1))).long()
+    batch = {"input_ids": torch.randint(0, 50, (20, 6)), "attention_mask": mask, "labels": torch.randint(0, 4, (20,))}
+    report = calibrate_cascade(cascade, [batch], max_drop=1.0, task=SequenceClassification())
+    assert report.relative_cost == 1  # the first one alone, which is as large
+    everything = cascade.all_logits(input_ids=batch["input_ids"], attention_mask=mask)
+    cascade.thresholds = [exit_confidence(everything[0], "entropy").median().item()]
+    logits = SequenceClassification().run(cascade, batch).logits
+    assert set(cascade.exits.tolist()) == {0, 1}
+    torch.testing.assert_close(logits, torch.stack(everything)[cascade.exits, torch.arange(20)])
 
 
 def test_members_of_one_network_have_their_bits_and_the_operations_of_them():
