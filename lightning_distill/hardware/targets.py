@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_distill.hardware.alignment import simd_width
+
 Layout = Literal["contiguous", "channels_last"]
 
 
@@ -78,14 +80,20 @@ TARGETS = {
     for target in (
         Target(
             "x86-avx512",
-            (Arithmetic(8, True, 32, "VPDPBUSD", 64, 64), Arithmetic(32, False, 32, "VFMADD", 16, 16)),
+            (
+                Arithmetic(8, True, 32, "VPDPBUSD", 64, simd_width("avx512", 8)),
+                Arithmetic(32, False, 32, "VFMADD", 16, simd_width("avx512", 32)),
+            ),
             l1_bytes=32 * 1024,
             alignment=64,
             source="Intel Intrinsics Guide (AVX512_VNNI, since Cascade Lake, whose L1D has 32 KiB; Ice Lake 48 KiB)",
         ),
         Target(
             "arm-neon",
-            (Arithmetic(8, True, 16, "SMLAL", 8, 16), Arithmetic(32, False, 32, "FMLA", 4, 4)),
+            (
+                Arithmetic(8, True, 16, "SMLAL", 8, simd_width("neon", 8)),
+                Arithmetic(32, False, 32, "FMLA", 4, simd_width("neon", 32)),
+            ),
             l1_bytes=32 * 1024,
             alignment=16,
             source="Arm Architecture Reference Manual, Armv8.0-A Advanced SIMD; 32 KiB are usual",
@@ -93,9 +101,9 @@ TARGETS = {
         Target(
             "cortex-a78",
             (
-                Arithmetic(8, True, 32, "SDOT", 16, 16),
-                Arithmetic(16, False, 16, "FMLA", 8, 8),
-                Arithmetic(32, False, 32, "FMLA", 4, 4),
+                Arithmetic(8, True, 32, "SDOT", 16, simd_width("neon", 8)),
+                Arithmetic(16, False, 16, "FMLA", 8, simd_width("neon", 16)),
+                Arithmetic(32, False, 32, "FMLA", 4, simd_width("neon", 32)),
             ),
             l1_bytes=32 * 1024,
             alignment=16,
