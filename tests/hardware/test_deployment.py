@@ -245,7 +245,9 @@ def test_layers_that_fall_back_to_float_are_named():
 @pytest.mark.parametrize(
     ("layer", "bad"),
     [
-        (nn.Conv2d(16, 32, 1, groups=4), True),  # 4 and 8 channels a group
+        (nn.Conv2d(16, 64, 1, groups=4), True),  # a group reads 4
+        (nn.Conv2d(64, 32, 1, groups=4), True),  # a group makes 8
+        (nn.Conv2d(64, 64, 1, groups=4), False),
         (nn.Conv2d(16, 16, 1, groups=16), False),  # depthwise
         (nn.Conv2d(16, 24, 1), True),
         (nn.Conv2d(16, 32, 1), False),
@@ -253,7 +255,7 @@ def test_layers_that_fall_back_to_float_are_named():
 )
 def test_channels_of_groups_count(layer, bad):
     last = nn.Conv2d(layer.out_channels, 3, 1)
-    network = quantized(nn.Sequential(nn.Conv2d(1, 16, 1), layer, last))
+    network = quantized(nn.Sequential(nn.Conv2d(1, layer.in_channels, 1), layer, last))
     assert ("1" in deployment_check(network, X, "cortex-a78")["channels"].layers) == bad
 
 
@@ -274,12 +276,14 @@ def test_batches_are_measured_here_and_say_so(monkeypatch):
     seen = []
 
     def measure(model, batch):
-        seen.append(len(model(batch)))
+        seen.append(model(batch))
         return 0.5
 
     monkeypatch.setattr("lightning_distill.hardware.deployment.measure_latency", measure)
-    row = deployment_check(MLP((64, 10)), (X, torch.zeros(4)), "arm-neon", batch_sizes=(1, 4, 6))["batches"]
-    assert seen == [1, 4, 6]
+    network = MLP((64, 10))
+    row = deployment_check(network, (X, torch.zeros(4)), "arm-neon", batch_sizes=(1, 4, 6))["batches"]
+    assert [len(said) for said in seen] == [1, 4, 6]
+    torch.testing.assert_close(seen[2], network(X[[0, 1, 2, 3, 0, 1]]))
     assert row.passed is None
     assert "measured on this machine" in row.detail
     assert row.detail.endswith("not on the target: 1: 2/s, 4: 8/s, 6: 12/s")
