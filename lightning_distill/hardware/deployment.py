@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_distill.hardware.calibration import measure_latency
 from lightning_distill.hardware.counting import count_costs
 from lightning_distill.hardware.fusion import PRODUCTS, Followed, Fusion, find_fusions
 from lightning_distill.hardware.targets import Arithmetic, Target, target, tile_bytes, tile_size
-from lightning_distill.quantization import QuantizedLayer
+from lightning_distill.quantization import QuantizedLayer, full_precision
 
 Run = Callable[[nn.Module, Any], Any]
 SHOWN = 8
@@ -83,7 +83,7 @@ def deployment_check(
     Rows: ``"formats"`` (has the target arithmetic for the quantized layers), ``"float layers"`` (what is not computed
     with whole numbers), ``"channels"`` (whole vectors; what data and classes fix is left out), ``"batch norm"`` (can
     every one be folded into the layer before), ``"memory"`` (weights without gaps, from the right address on),
-    ``"tiles"`` (for the first cache) and, with ``batch_sizes``, ``"batches"``, measured on the machine that runs this.
+    ``"tiles"`` (for the first cache) and, with ``batch_sizes``, ``"batches"``, measured in floating point here.
 
     Args:
         network: Any network, float or quantized; it is left as it was.
@@ -251,6 +251,7 @@ def _tiles(used: dict[str, Arithmetic], machine: Target) -> DeploymentRow:
 
 def _batches(network: nn.Module, batch: Any, sizes: Sequence[int], run: Run | None) -> DeploymentRow:
     """Samples per second, here."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # of which torch knows how to take the parts
     rows = next(len(value) for value in tree_leaves(batch) if isinstance(value, Tensor))
 
     def part(size: int) -> Any:
@@ -263,10 +264,11 @@ def _batches(network: nn.Module, batch: Any, sizes: Sequence[int], run: Run | No
         return tree_map(take, batch)
 
     said = []
-    for size in sizes:
-        reads = _Reads(network, part(size), run)
-        said.append(f"{size}: {size / measure_latency(reads, torch.zeros(())):,.0f}/s")
-    here = f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch"
+    with full_precision(network):  # fake quantization is slower than either, and may not know its ranges yet
+        for size in sizes:
+            reads = _Reads(network, part(size), run)
+            said.append(f"{size}: {size / measure_latency(reads, torch.zeros(())):,.0f}/s")
+    here = f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch in floating point"
     return DeploymentRow("batches", None, f"measured on this machine ({here}), not on the target: {', '.join(said)}")
 
 
@@ -282,7 +284,7 @@ class _Reads(nn.Module):
     def forward(self, _: Tensor) -> Any:
         if self._run is not None:
             return self._run(self.network, self._batch)
-        if isinstance(self._batch, dict):
+        if isinstance(self._batch, Mapping):
             return self.network(**self._batch)
         return self.network(self._batch[0] if isinstance(self._batch, (tuple, list)) else self._batch)
 

@@ -1,6 +1,7 @@
 """What suits a machine: tiles, formats, channels, folding of normalizations."""
 
 import copy
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -288,6 +289,11 @@ def test_batches_are_measured_here_and_say_so(monkeypatch):
     assert "measured on this machine" in row.detail
     assert row.detail.endswith("not on the target: 1: 2/s, 4: 8/s, 6: 12/s")
     monkeypatch.undo()
+    unseen = prepare(MLP((64, 10)), QuantSpec(8, activations=8))  # before training, as the command line has it
+    assert (
+        "in floating point), not on the target: 2: "
+        in deployment_check(unseen, X, "arm-neon", batch_sizes=(2,))["batches"].detail
+    )
     assert "/s" in deployment_check(MLP((64, 10)), X, "arm-neon", batch_sizes=(2,))["batches"].detail
 
 
@@ -296,7 +302,9 @@ def test_a_transformer_is_checked_and_left_as_it_was():
     settings = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = from_config("bert", "sequence-classification", settings | {"intermediate_size": 30, "num_labels": 4})
     before = copy.deepcopy(model.state_dict())
-    report = deployment_check(model, {"input_ids": torch.randint(0, 50, (2, 6))}, "cortex-a78")
+    batch = MappingProxyType({"input_ids": torch.randint(0, 50, (2, 6))})
+    report = deployment_check(model, batch, "cortex-a78", batch_sizes=(3,))
+    assert "3: " in report["batches"].detail
     names = [f"bert.encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in ("intermediate", "output")]
     assert list(report["channels"].layers) == names
     assert model.training
