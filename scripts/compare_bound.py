@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="At least 2.")
     parser.add_argument(
-        "--steps", type=int, default=200, help="Of each network in floating point; half for the others."
+        "--steps", type=int, default=150, help="Of each network in floating point; half for the others."
     )
     options = parser.parse_args()
     with quiet_lightning():
