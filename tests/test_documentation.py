@@ -126,7 +126,14 @@ def test_every_printed_command_of_ours_runs(examples):
     for line in exports:
         main(line)
         assert Path(line[line.index("--path") + 1]).stat().st_size > 0
-    known = {"fit", "compare", "cache", "search", "export", "cost", "pipeline", "pipeline-async"}
+    checks = [line for line in ours if line[0] == "check"]
+    assert checks
+    for line in checks:
+        try:
+            main(line)
+        except SystemExit as stopped:
+            assert stopped.code == 1  # noqa: PT017  # the student does not suit the machine, which is an answer
+    known = {"fit", "compare", "cache", "search", "check", "export", "cost", "pipeline", "pipeline-async"}
     assert {line[0] for line in ours} == known
 
 

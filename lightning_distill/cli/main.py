@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_distill.cli.cache import run_cache
+from lightning_distill.cli.check import run_check
 from lightning_distill.cli.comparison import run_comparison
 from lightning_distill.cli.cost import run_cost
 from lightning_distill.cli.export import run_export
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "compare": ("methods times seeds, with a control group: table, plots, wandb", run_comparison),
     "export": ("a trained quantized student as ONNX or packed weights: size, exactness, speed", run_export),
     "cost": ("latency, energy and size of the student, estimated layer by layer: table, plot", run_cost),
+    "check": ("does the student suit a machine: formats, channels, fusion, memory; status 1 if not", run_check),
     "pipeline": ("stages that build on each other, resumable: table, plot", run_pipeline),
     "pipeline-async": ("its stages all at once, each a process that follows the one before", run_asynchronous_pipeline),
     "search": ("settings that do best on the validation data: trials, table, plots", run_search),

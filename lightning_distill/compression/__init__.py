@@ -1,12 +1,19 @@
 """Smaller and faster students."""
 
 from lightning_distill.compression.block_sparsity import block_mask, block_masks, cubic_sparsity
-from lightning_distill.compression.blocks import (
-    BLOCK_SIZES,
-    block_importance,
-    block_norms,
-    block_size,
-    element_mask,
+from lightning_distill.compression.blocks import BLOCK_SIZES, block_importance, block_norms, block_size, element_mask
+from lightning_distill.compression.cascade import (
+    PrecisionCascade,
+    confidence_of_entropy,
+    dynamic_bits,
+    members_at_bits,
+    pass_costs,
+)
+from lightning_distill.compression.cascade_calibration import (
+    CascadeMeasurements,
+    calibrate_cascade,
+    evaluate_cascade,
+    measure_cascade,
 )
 from lightning_distill.compression.early_exit import EarlyExitNetwork
 from lightning_distill.compression.exit_calibration import (
@@ -15,7 +22,7 @@ from lightning_distill.compression.exit_calibration import (
     evaluate_exits,
     measure_exits,
 )
-from lightning_distill.compression.exit_plot import plot_exit_curve
+from lightning_distill.compression.exit_plot import plot_exit_curve, plot_exit_curves
 from lightning_distill.compression.exit_rules import (
     ExitReport,
     choose_thresholds,
@@ -38,12 +45,14 @@ from lightning_distill.compression.sparse_layers import LayerSparsity, SparsityR
 
 __all__ = [
     "BLOCK_SIZES",
+    "CascadeMeasurements",
     "EarlyExitNetwork",
     "ExitMeasurements",
     "ExitReport",
     "LayerRank",
     "LayerSparsity",
     "LowRankReport",
+    "PrecisionCascade",
     "SparseFile",
     "SparsityReport",
     "block_importance",
@@ -51,11 +60,15 @@ __all__ = [
     "block_masks",
     "block_norms",
     "block_size",
+    "calibrate_cascade",
     "calibrate_exits",
     "choose_thresholds",
+    "confidence_of_entropy",
     "cubic_sparsity",
+    "dynamic_bits",
     "element_mask",
     "energy_rank",
+    "evaluate_cascade",
     "evaluate_exits",
     "exit_confidence",
     "exit_curve",
@@ -65,8 +78,12 @@ __all__ = [
     "factorized",
     "largest_rank",
     "low_rank_factors",
+    "measure_cascade",
     "measure_exits",
+    "members_at_bits",
+    "pass_costs",
     "plot_exit_curve",
+    "plot_exit_curves",
     "read_block_sparse",
     "sparsity_report",
     "write_block_sparse",

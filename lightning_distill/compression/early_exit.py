@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.compression.exit_rules import Criterion, check_criterion, exit_confidence
+from lightning_distill.compression.folder import write_folder
 from lightning_distill.losses.auxiliary_heads import AuxiliaryHeads
 from lightning_distill.taps import INPUT, Taps
 from lightning_distill.tasks import to_outputs
@@ -159,12 +157,6 @@ class EarlyExitNetwork(nn.Module):
         Raises:
             FileExistsError: If there is something at ``folder`` and ``overwrite`` is False.
         """
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        if folder.exists() and not overwrite:
-            raise FileExistsError(f"{str(folder)!r} exists. Choose another path, or pass `overwrite=True`.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         settings = {
             "heads": self.heads.settings(),
             "shapes": self.heads.get_extra_state(),
@@ -172,15 +164,7 @@ class EarlyExitNetwork(nn.Module):
             "criterion": self.criterion,
             "sub_batches": self.sub_batches,
         }
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as draft:
-            inner = Path(draft) / folder.name
-            inner.mkdir()
-            weights = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
-            save_file(weights, str(inner / "model.safetensors"))
-            (inner / "exits.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(inner, folder)
+        write_folder(folder, "exits.json", settings, _weights(self), overwrite=overwrite)
 
     @classmethod
     def load(cls, folder: str | Path, network: nn.Module) -> EarlyExitNetwork:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_distill.compression.early_exit import EarlyExitNetwork
 from lightning_distill.compression.exit_rules import (
+    Criterion,
     ExitReport,
     choose_thresholds,
     exit_confidence,
@@ -70,32 +72,55 @@ def measure_exits(network: EarlyExitNetwork, batches: Iterable[Any], *, task: Ta
         TypeError: If ``task`` is one without classes, or one whose items are tokens.
     """
     task = Classification() if task is None else task
+    first, batches = first_and_all(batches)
+    confidences, correct = ask_exits(_Everybody(network), batches, task, network.criterion)
+    with inference(network):
+        costs, full_cost = _operations(network, task, first)
+    return ExitMeasurements(confidences, correct, costs, full_cost, (*network.heads.taps, "end"))
+
+
+def ask_exits(asked: nn.Module, batches: Iterable[Any], task: Task, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    """What all exits say about every labelled sample.
+
+    Args:
+        asked: Gives :class:`~lightning_distill.outputs.Outputs` with the logits of the last exit, and of the ones
+            before it as features.
+        batches: Labelled batches.
+        task: How a batch is read.
+        criterion: Of the confidence.
+
+    Returns:
+        Confidences of all but the last exit, ``(N, E)``, and whether each is right, ``(N, E + 1)``; on the CPU.
+
+    Raises:
+        ValueError: If there is no labelled sample.
+        TypeError: If ``task`` is one without classes, or one whose items are tokens.
+    """
     if not isinstance(task, Classification):
         raise TypeError(
             f"Early exits need one class per sample, `Classification` or `SequenceClassification`, got "
             f"{type(task).__name__}."
         )
-    asked = _Everybody(network)
     confidences, correct = [], []
-    costs: tuple[float, ...] = ()
-    full_cost = 0.0
-    with inference(network):
+    with inference(asked):
         for batch in batches:
             outputs = task.run(asked, batch)
             labels = task.labels(batch)
-            if not costs:
-                costs, full_cost = _operations(network, task, batch, len(outputs.logits))
             if labels is None or labels.is_floating_point() or not (keep := labels != UNLABELLED).any():
                 continue
             logits = [*outputs.features.values(), outputs.logits]
-            confidences.append(
-                torch.stack([exit_confidence(said[keep], network.criterion) for said in logits[:-1]], dim=1)
-            )
+            confidences.append(torch.stack([exit_confidence(said[keep], criterion) for said in logits[:-1]], dim=1))
             correct.append(torch.stack([said[keep].argmax(dim=-1) == labels[keep] for said in logits], dim=1))
     if not confidences:
         raise ValueError("`batches` hold no labelled sample, so thresholds cannot be judged. Pass a validation loader.")
-    names = (*network.heads.taps, "end")
-    return ExitMeasurements(torch.cat(confidences).cpu(), torch.cat(correct).cpu(), costs, full_cost, names)
+    return torch.cat(confidences).cpu(), torch.cat(correct).cpu()
+
+
+def first_and_all(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first of ``batches``, and all of them; ``None`` if there is none."""
+    rest = iter(batches)
+    first = next(rest, None)
+    return first, rest if first is None else chain([first], rest)
 
 
 def calibrate_exits(
@@ -209,8 +234,9 @@ class _Splitting(nn.Module):
         return self.works
 
 
-def _operations(network: EarlyExitNetwork, task: Task, batch: Any, samples: int) -> tuple[tuple[float, ...], float]:
+def _operations(network: EarlyExitNetwork, task: Task, batch: Any) -> tuple[tuple[float, ...], float]:
     """Operations per sample of leaving at each exit, and of the network alone."""
+    samples = task.batch_size(batch)
 
     def count(part: nn.Module) -> float:
         with FlopCounterMode(display=False) as counter:

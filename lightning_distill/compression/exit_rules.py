@@ -86,11 +86,15 @@ class ExitReport:
         shares: Share of the samples that leave at each exit.
         accuracies: Of each exit on the samples that leave there; NaN where there are none.
         accuracy: Of all samples where they leave.
-        full_accuracy: Of the whole network on all samples.
-        cost: Mean floating-point operations per sample, heads included; a multiply-add counts as two.
-        full_cost: Those of the network without heads.
+        full_accuracy: Of the whole network, or the last of a cascade, on all samples.
+        cost: Mean of a sample. Of early exits floating-point operations, heads included, where a multiply-add counts as
+            two; of a cascade the passes of all networks that saw the sample.
+        full_cost: Of the network without heads, or of the last of a cascade alone.
         samples: Number of samples.
         sub_batches: Whether the later layers of a batch get only the samples that are left; ``None`` if not known.
+        whole: What stands at the last exit, for the text.
+        unit: Of the cost, for the text.
+        bits: Of a weight behind each exit, where they differ.
     """
 
     names: tuple[str, ...]
@@ -103,11 +107,21 @@ class ExitReport:
     full_cost: float
     samples: int
     sub_batches: bool | None = None
+    whole: str = "whole network"
+    unit: str = "operations"
+    bits: tuple[float, ...] | None = None
 
     @property
     def relative_cost(self) -> float:
-        """``cost / full_cost``: above 1 where the heads cost more than they save."""
+        """``cost / full_cost``: above 1 where the heads, or the first networks, cost more than they save."""
         return self.cost / self.full_cost
+
+    @property
+    def average_bits(self) -> float:
+        """Bits of a weight of whoever answers, mean over the samples; NaN where they are not known."""
+        if self.bits is None:
+            return math.nan
+        return math.fsum(share * bits for share, bits in zip(self.shares, self.bits, strict=True))
 
     @property
     def never_taken(self) -> tuple[str, ...]:
@@ -124,9 +138,11 @@ class ExitReport:
             there = "" if math.isnan(accuracy) else f"{accuracy:.2%}"
             lines.append(f"{name:{width}}  {limit:>9}  {share:>10.1%}  {there:>14}")
         lines.append(
-            f"accuracy {self.accuracy:.2%} (whole network {self.full_accuracy:.2%}), operations "
-            f"{self.relative_cost:.1%} of the whole network's, {self.samples} samples"
+            f"accuracy {self.accuracy:.2%} ({self.whole} {self.full_accuracy:.2%}), {self.unit} "
+            f"{self.relative_cost:.1%} of the {self.whole}'s, {self.samples} samples"
         )
+        if self.bits is not None:
+            lines.append(f"{self.average_bits:.2f} bits per weight of whoever answers, mean over the samples")
         if self.sub_batches is not None:
             lines.append(
                 "of a batch, later layers get the samples that are left"
@@ -270,16 +286,24 @@ def exit_curve(
     Raises:
         ValueError: If ``points`` is below 2, and as :func:`exit_report`.
     """
+    exits = confidences.shape[1]
+    return [
+        exit_report(confidences, correct, costs, [threshold] * exits, full_cost=full_cost, names=names)
+        for threshold in curve_thresholds(confidences, points)
+    ]
+
+
+def curve_thresholds(confidences: Tensor, points: int) -> list[float]:
+    """Thresholds for all exits, from one that everybody passes to one that nobody does.
+
+    Raises:
+        ValueError: If ``points`` is below 2.
+    """
     if not points >= 2:
         raise ValueError(f"`points` must be at least 2, got {points}.")
     levels = torch.linspace(0, 1, points - 1, dtype=torch.float64)
     inner = torch.quantile(confidences.detach().double().flatten(), levels).tolist() if confidences.numel() > 0 else []
-    thresholds = [-1.0, *dict.fromkeys(inner[1:]), math.inf]
-    exits = confidences.shape[1]
-    return [
-        exit_report(confidences, correct, costs, [threshold] * exits, full_cost=full_cost, names=names)
-        for threshold in thresholds
-    ]
+    return [-1.0, *dict.fromkeys(inner[1:]), math.inf]
 
 
 def check_criterion(criterion: str) -> None:

@@ -20,6 +20,7 @@ from lightning_distill.diagnostics.bottleneck import (
     ib_layer_importance,
     ib_layer_importance_from_joint,
 )
+from lightning_distill.diagnostics.bound import implied_dimension, performance_bound
 from lightning_distill.diagnostics.conditioning import (
     Conditioning,
     compare_conditioning,
@@ -137,6 +138,7 @@ __all__ = [
     "hessian_spectrum",
     "ib_layer_importance",
     "ib_layer_importance_from_joint",
+    "implied_dimension",
     "joint_error",
     "lanczos",
     "landscape_smoothness",
@@ -144,6 +146,7 @@ __all__ = [
     "norm_information",
     "output_correlation",
     "pairing_report",
+    "performance_bound",
     "quantization_error",
     "recovery_bound_fit",
     "retention_compare",

@@ -1,6 +1,7 @@
 """What a network costs on hardware: latency, energy, and shapes that vector units like."""
 
 from lightning_distill.hardware.alignment import align_channels, is_aligned, simd_width
+from lightning_distill.hardware.bit_operations import bit_operations
 from lightning_distill.hardware.calibration import (
     calibrate_cost_model,
     calibration_workloads,
@@ -9,26 +10,39 @@ from lightning_distill.hardware.calibration import (
 )
 from lightning_distill.hardware.cost_model import PRESETS, CostModel, CostReport, LayerEstimate, cost_model
 from lightning_distill.hardware.counting import LayerCost, count_costs, stored_bytes
+from lightning_distill.hardware.deployment import DeploymentReport, DeploymentRow, deployment_check
 from lightning_distill.hardware.energy import EnergyReport, energy
+from lightning_distill.hardware.fusion import Fusion, find_fusions, fold_batch_norms
 from lightning_distill.hardware.latency import compute_latency, effective_throughput, roofline_latency, speedup
 from lightning_distill.hardware.plot import plot_costs
+from lightning_distill.hardware.targets import TARGETS, Arithmetic, Target, target, tile_bytes, tile_size
 
 __all__ = [
     "PRESETS",
+    "TARGETS",
+    "Arithmetic",
     "CostModel",
     "CostReport",
+    "DeploymentReport",
+    "DeploymentRow",
     "EnergyReport",
+    "Fusion",
     "LayerCost",
     "LayerEstimate",
+    "Target",
     "align_channels",
+    "bit_operations",
     "calibrate_cost_model",
     "calibration_workloads",
     "compute_latency",
     "cost_model",
     "count_costs",
+    "deployment_check",
     "effective_throughput",
     "energy",
+    "find_fusions",
     "fit_cost_model",
+    "fold_batch_norms",
     "is_aligned",
     "measure_latency",
     "plot_costs",
@@ -36,4 +50,7 @@ __all__ = [
     "simd_width",
     "speedup",
     "stored_bytes",
+    "target",
+    "tile_bytes",
+    "tile_size",
 ]

@@ -178,5 +178,5 @@ def test_refuses_what_does_not_fit(tmp_path):
         exit_curve(confidences, correct, costs, points=1)
     with pytest.raises(ValueError, match="`criterion` must be one of max_prob, entropy, margin, got 'gate'"):
         exit_confidence(torch.zeros(1, 2), "gate")
-    with pytest.raises(ValueError, match="`curve` holds no point"):
+    with pytest.raises(ValueError, match="`curves` holds no point"):
         plot_exit_curve([], tmp_path / "curve.png")
