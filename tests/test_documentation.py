@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import re
+import runpy
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,7 +164,9 @@ def test_every_printed_pipeline_runs(line, examples):  # tests/pipeline/test_asy
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("line", [x for x in printed("compare") if x[2].startswith("examples/")], ids=" ".join)
+@pytest.mark.parametrize(
+    "line", [x for x in printed("compare") if x[2].startswith("examples/") and "synergy" not in x[2]], ids=" ".join
+)
 def test_every_printed_comparison_runs(line, examples):
     if missing_package(line):
         pytest.skip("the weights are in a package that is not installed")
@@ -175,6 +180,21 @@ def check_comparison(line):
     comparison = Comparison.load(folder)
     assert len(comparison.runs) == 2 * len(comparison.methods)
     assert {path.name for path in Path(folder).glob("*.png")} >= {"results.png", "gain.png"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_printed_synergy_is_that_of_its_comparison(examples, monkeypatch, capsys):
+    (line,) = [line for line in commands() if line.startswith("python scripts/synergy.py ")]
+    words = shlex.split(line)[1:]
+    check_comparison(["compare", "-c", "examples/synergy_mnist1d.yaml"])
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    base, first, second, joint = (
+        Comparison.load(words[1]).values(words[words.index(name) + 1])
+        for name in ("--base", "--first", "--second", "--joint")
+    )
+    expected = sum(joint[seed] - first[seed] - second[seed] + base[seed] for seed in (0, 1)) / 2
+    assert f"joint - first - second + base: {expected:+.4f} [" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")
