@@ -11,6 +11,7 @@ from lightning_distill.hardware.cost_model import PRESETS, CostModel, CostReport
 from lightning_distill.hardware.counting import LayerCost, count_costs, stored_bytes
 from lightning_distill.hardware.energy import EnergyReport, energy
 from lightning_distill.hardware.latency import compute_latency, effective_throughput, roofline_latency, speedup
+from lightning_distill.hardware.layout import from_nchwc, pad_to_cacheline, to_nchwc
 from lightning_distill.hardware.plot import plot_costs
 
 __all__ = [
@@ -29,11 +30,14 @@ __all__ = [
     "effective_throughput",
     "energy",
     "fit_cost_model",
+    "from_nchwc",
     "is_aligned",
     "measure_latency",
+    "pad_to_cacheline",
     "plot_costs",
     "roofline_latency",
     "simd_width",
     "speedup",
     "stored_bytes",
+    "to_nchwc",
 ]
