@@ -160,12 +160,10 @@ def _random_copy(network: nn.Module, example: Any, run: Run | None) -> nn.Module
 
 
 def _check_attention(network: nn.Module) -> None:
-    config = getattr(network, "config", None)
-    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
-    if heads is not None and shared is not None and heads != shared:
+    if hasattr(getattr(network, "config", None), "num_key_value_heads"):  # seen with Llama: the search never ends
         raise ValueError(
-            f"{type(network).__name__} has {heads} heads of attention over {shared} of keys, which torch-pruning "
-            "cannot follow. Networks with as many of each can be pruned."
+            f"{type(network).__name__} has heads of keys of their own (`num_key_value_heads`), as Llama does; "
+            "torch-pruning cannot follow such networks."
         )
 
 
