@@ -15,6 +15,9 @@ from lightning_distill.compression.cascade_calibration import (
     evaluate_cascade,
     measure_cascade,
 )
+from lightning_distill.compression.channel_graph import channel_groups
+from lightning_distill.compression.channel_importance import magnitude_importance, taylor_importance
+from lightning_distill.compression.channels import ChannelGroup
 from lightning_distill.compression.early_exit import EarlyExitNetwork
 from lightning_distill.compression.exit_calibration import (
     ExitMeasurements,
@@ -40,12 +43,14 @@ from lightning_distill.compression.low_rank import (
     largest_rank,
     low_rank_factors,
 )
+from lightning_distill.compression.pruning import PrunedLayer, PruningReport, prune_channels, pruned
 from lightning_distill.compression.sparse_files import SparseFile, read_block_sparse, write_block_sparse
 from lightning_distill.compression.sparse_layers import LayerSparsity, SparsityReport, sparsity_report
 
 __all__ = [
     "BLOCK_SIZES",
     "CascadeMeasurements",
+    "ChannelGroup",
     "EarlyExitNetwork",
     "ExitMeasurements",
     "ExitReport",
@@ -53,6 +58,8 @@ __all__ = [
     "LayerSparsity",
     "LowRankReport",
     "PrecisionCascade",
+    "PrunedLayer",
+    "PruningReport",
     "SparseFile",
     "SparsityReport",
     "block_importance",
@@ -62,6 +69,7 @@ __all__ = [
     "block_size",
     "calibrate_cascade",
     "calibrate_exits",
+    "channel_groups",
     "choose_thresholds",
     "confidence_of_entropy",
     "cubic_sparsity",
@@ -78,13 +86,17 @@ __all__ = [
     "factorized",
     "largest_rank",
     "low_rank_factors",
+    "magnitude_importance",
     "measure_cascade",
     "measure_exits",
     "members_at_bits",
     "pass_costs",
     "plot_exit_curve",
     "plot_exit_curves",
+    "prune_channels",
+    "pruned",
     "read_block_sparse",
     "sparsity_report",
+    "taylor_importance",
     "write_block_sparse",
 ]

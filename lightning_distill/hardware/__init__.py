@@ -14,6 +14,7 @@ from lightning_distill.hardware.deployment import DeploymentReport, DeploymentRo
 from lightning_distill.hardware.energy import EnergyReport, energy
 from lightning_distill.hardware.fusion import Fusion, find_fusions, fold_batch_norms
 from lightning_distill.hardware.latency import compute_latency, effective_throughput, roofline_latency, speedup
+from lightning_distill.hardware.layout import from_nchwc, pad_to_cacheline, to_nchwc
 from lightning_distill.hardware.plot import plot_costs
 from lightning_distill.hardware.targets import TARGETS, Arithmetic, Target, target, tile_bytes, tile_size
 
@@ -43,8 +44,10 @@ __all__ = [
     "find_fusions",
     "fit_cost_model",
     "fold_batch_norms",
+    "from_nchwc",
     "is_aligned",
     "measure_latency",
+    "pad_to_cacheline",
     "plot_costs",
     "roofline_latency",
     "simd_width",
@@ -53,4 +56,5 @@ __all__ = [
     "target",
     "tile_bytes",
     "tile_size",
+    "to_nchwc",
 ]
