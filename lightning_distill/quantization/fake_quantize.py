@@ -149,15 +149,21 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         values, scale = ctx.saved_tensors
-        steps = values / scale.clamp_min(SMALLEST_SCALE)
-        low, high = ctx.lowest - ctx.zero, ctx.highest - ctx.zero  # the outermost levels, in steps
-        clipped = steps.clamp(low, high)
-        inside = clipped == steps
-        to_values = gradient * inside if ctx.needs_input_grad[0] else None
+        exact = values / scale.clamp_min(SMALLEST_SCALE)  # codes before rounding
+        if isinstance(ctx.zero, Tensor) or ctx.zero != 0:
+            exact.add_(ctx.zero)
+        to_values = _where_inside(gradient, exact, ctx.lowest, ctx.highest) if ctx.needs_input_grad[0] else None
         to_scale = None
         if ctx.needs_input_grad[1]:
-            # clipped values are whole codes already: what is left of them is the outermost level
-            levels = (clipped + ctx.zero).round_().sub_(ctx.zero)
-            change = levels.sub_(steps.mul_(inside)).mul_(gradient)
-            to_scale = change.sum_to_size(scale.shape) * ctx.scale_gradient
+            # inside it is the rounding error, where the zero point cancels; outside the outermost level
+            inside = _where_inside(exact - ctx.zero, exact, ctx.lowest, ctx.highest)
+            levels = exact.round_().clamp_(ctx.lowest, ctx.highest).sub_(ctx.zero)
+            to_scale = levels.sub_(inside).mul_(gradient).sum_to_size(scale.shape) * ctx.scale_gradient
         return to_values, to_scale, None, None, None, None
+
+
+def _where_inside(values: Tensor, codes: Tensor, lowest: int, highest: int) -> Tensor:
+    """``values`` where ``lowest <= codes <= highest``, else 0; several times as fast as a product with a mask."""
+    margin = torch.finfo(codes.dtype).eps * max(-lowest, highest, 1)  # the kernel leaves its bounds out
+    within: Tensor = torch.ops.aten.hardtanh_backward(values, codes, lowest - margin, highest + margin)
+    return within

@@ -251,3 +251,15 @@ def test_levels_that_do_not_exist_are_refused():
         grid_of(4, "odd")
     with pytest.raises(ValueError, match="`bits` must be from 2 to 16 for 'narrow' levels, got 1"):
         grid_of(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", ["narrow", "full", "even", "unsigned"])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_outermost_levels_get_gradients_and_what_lies_beyond_does_not(bits, levels, dtype):
+    grid = grid_of(bits, levels)
+    ends = torch.tensor([grid.lowest, grid.highest], dtype=dtype) - grid.zero_point
+    beyond = ends + torch.tensor([-1e-3, 1e-3], dtype=dtype)
+    values = torch.cat([ends, beyond]).requires_grad_()
+    fake_quantize(values, torch.tensor(1.0, dtype=dtype), grid=grid).sum().backward()
+    assert values.grad.tolist() == [1, 1, 0, 0]
