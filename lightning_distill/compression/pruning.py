@@ -21,7 +21,7 @@ from lightning_distill.tasks import Classification, Task
 
 Importance = Literal["magnitude", "taylor", "random"]
 Scope = Literal["layer", "global"]
-_COSTS = ("latency", "energy", "size", "bytes", "flops")
+_COSTS = ("latency", "energy", "bytes", "flops")
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ def prune_channels(
         example: A batch that uses all layers, as ``network`` or ``run`` reads it.
         keep: Share of the channels, in (0, 1], then rounded to ``width``; or channels by layer, which are taken as they
             are (the others stay).
-        max_cost: Instead of ``keep``: the largest ``latency`` (seconds), ``energy`` (joules), ``size`` (bytes stored),
-            ``bytes`` (moved) or ``flops`` for ``example``. The largest share that fits is found by bisection, in
-            steps of one channel of all: fewer channels never cost more.
+        max_cost: Instead of ``keep``: the largest ``latency`` (seconds), ``energy`` (joules) or ``flops`` for
+            ``example``, or ``bytes`` (stored). The largest share that fits is found by bisection, in steps of one
+            channel of all: fewer channels never cost more.
         model: Whose costs: a :class:`~lightning_distill.hardware.CostModel`, a preset's name or a file.
         width: Values per vector, or an instruction set: ``"neon"``, ``"avx2"``, ``"avx512"``. A layer keeps a multiple,
             at least one vector; a layer narrower than that stays.
@@ -295,9 +295,8 @@ def _cheap_enough(
     limits: Mapping[str, float],
     estimate: Callable[[nn.Module], Mapping[str, float]],
 ) -> Mapping[str, int]:
-    if not limits or (unknown := [name for name in limits if name not in _COSTS]):
+    if not limits or not set(limits) <= set(_COSTS):
         raise ValueError(f"`max_cost` must name some of {list(_COSTS)}, got {list(limits)}.")
-    del unknown
 
     def costs(channels: Mapping[str, int]) -> Mapping[str, float]:
         smaller = copy.deepcopy(network)
@@ -331,7 +330,7 @@ def _cheap_enough(
 def _estimates(model: CostModel, example: Any, run: Run | None) -> Callable[[nn.Module], Mapping[str, float]]:
     def estimate(network: nn.Module) -> Mapping[str, float]:
         report = model.estimate(network, example, run=run)
-        return {name: getattr(report, name) for name in _COSTS}
+        return dict(zip(_COSTS, (report.latency, report.energy, report.size, report.flops), strict=True))
 
     return estimate
 

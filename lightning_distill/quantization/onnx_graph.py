@@ -55,7 +55,7 @@ class Graph:
                 tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.INT4, dims=value.shape)
                 tensor.raw_data = pack_int4(value)
             else:
-                tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+                tensor = numpy_helper.from_array(np.asarray(value, order="C"), name)  # scalars stay scalars
             self.graph.initializer.append(tensor)
 
     def _codes_of_four_bits(self) -> set[str]:

@@ -92,6 +92,40 @@ def test_onnx_says_what_the_trained_student_says(trained, tmp_path, capsys):
     torch.testing.assert_close(run_onnx(path, images()), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
+def test_a_model_of_tokens_takes_other_lengths(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("\n\n".join(f"Paragraph {i}: {i * i} and {i + 7}." * 3 for i in range(300)))
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    student = {
+        "class_path": "lightning_distill.networks.from_config",
+        "init_args": {"model_type": "llama", "head": "causal-lm", "config": sizes},
+    }
+    arguments = {"student": student, "spec": {"weights": 8, "activations": 8}, "task": {"class_path": "CausalLM"}}
+    data = {"class_path": "TextDataModule", "init_args": {"files": ["text.txt"], "vocab_size": 300, "length": 12}}
+    configuration = CONFIGURATION | {"model": {"class_path": "QADModule", "init_args": arguments}, "data": data}
+    Path("text.yaml").write_text(yaml.safe_dump(configuration))
+    main(["fit", "-c", "text.yaml"])
+    (checkpoint,) = Path().rglob("*.ckpt")
+    main(["export", "-c", "text.yaml", "--ckpt", str(checkpoint), "--path", "student.onnx"])
+    assert "ms for 64 inputs" in capsys.readouterr().out
+    tokens = torch.randint(300, (2, 5))
+    said = run_onnx("student.onnx", {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+    assert said.shape == (2, 5, 300)
+    torch.testing.assert_close(
+        said[:, :3],
+        run_onnx(
+            "student.onnx",
+            {  # later tokens do not count
+                "input_ids": tokens[:, :3],
+                "attention_mask": torch.ones_like(tokens[:, :3]),
+            },
+        ),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
 def test_nothing_is_replaced_by_chance(trained, tmp_path, capsys):
     config, checkpoint = trained
     path = tmp_path / "student.safetensors"

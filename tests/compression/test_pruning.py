@@ -110,7 +110,7 @@ def test_the_largest_network_within_a_budget(scope):
     assert unchanged.before == unchanged.after
     state = copy.deepcopy(network.state_dict())
     with pytest.raises(ValueError, match="the smallest network costs"):
-        prune_channels(network, x, max_cost={"size": 10})
+        prune_channels(network, x, max_cost={"bytes": 10})
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 

@@ -162,6 +162,25 @@ def test_tokens_and_keyword_arguments(tmp_path):
     assert operators(report.path, tmp_path)["MatMulIntegerToFloat"] == 1
 
 
+def test_the_first_token_speaks_for_all(tmp_path):
+    """A pooler, as BERT's: a scalar index must stay a scalar in the file, or later shapes are wrong."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.pool, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.pool(self.mix(x)[:, 0]).tanh())
+
+    inputs = torch.randn(4, 5, 8)
+    network = prepare(First().eval(), QuantSpec(8, 8))
+    calibrate(network, [inputs])
+    report = export_onnx(network, inputs, tmp_path / "a.onnx")
+    assert report.relative_error < 0.01
+    assert run_onnx(report.path, inputs).shape == (4, 3)
+
+
 def test_layers_in_floating_point_and_networks_without_quantization(tmp_path):
     inputs = torch.randn(8, 96)
     mixed = prepare(mlp(), QuantSpec(8), overrides={"2": 16})
