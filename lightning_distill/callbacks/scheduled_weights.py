@@ -31,8 +31,8 @@ class ScheduledWeights(L.Callback):
 
     Example:
         >>> from lightning_distill.weighting import StagedWeight
-        >>> ScheduledWeights({"soft": StagedWeight(warm_up=10, middle=0.8)}).weights_at(5)
-        {'soft': 0.4}
+        >>> ScheduledWeights({"soft": StagedWeight(warm_up=10, middle=0.8)}).weights_at(10)
+        {'soft': 0.8}
     """
 
     def __init__(self, schedules: Mapping[str, Schedule]) -> None:

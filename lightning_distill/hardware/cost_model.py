@@ -97,7 +97,7 @@ class CostModel:
 
     Example:
         >>> model = CostModel(overhead=1e-6, throughput=1e9, bandwidth=1e9)
-        >>> model.latency(LayerCost("0", "Linear", calls=2, flops=3000, activation_bytes=5000.0))
+        >>> round(model.latency(LayerCost("0", "Linear", calls=2, flops=3000, activation_bytes=5000.0)), 9)
         1e-05
     """
 

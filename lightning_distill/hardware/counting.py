@@ -83,7 +83,7 @@ def count_costs(
     Example:
         >>> [cost] = count_costs(nn.Sequential(nn.Linear(4, 2, bias=False)), torch.zeros(3, 4))
         >>> cost.name, cost.calls, cost.flops, cost.weight_bytes, cost.activation_bytes
-        ('0', 1, 48, 32, 72)
+        ('0', 1, 48, 32.0, 72.0)
     """
     counter = _Counter(model, bits or {})
     with ExitStack() as stack:

@@ -36,6 +36,7 @@ class TopKTargets(Term):
         ValueError: If ``beta`` is outside [0, 1], or is 1 without a tail.
 
     Example:
+        >>> import torch
         >>> from lightning_distill.outputs import Outputs, Step
         >>> from lightning_distill.top_k import encode_top_k
         >>> student, teacher = torch.tensor([[0.3, 0.3, 0.2, 0.1, 0.1]]), torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]])

@@ -21,6 +21,7 @@ class LinearTransform(Lazy):
         bias: Whether there is a ``b``.
 
     Example:
+        >>> import torch
         >>> transform = LinearTransform()
         >>> transform.build((8, 5, 3), (8, 5, 7))
         >>> transform(torch.ones(8, 5, 3)).shape

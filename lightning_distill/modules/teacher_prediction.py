@@ -51,8 +51,9 @@ class TeacherPrediction(L.LightningModule):
         ValueError: If there is no teacher.
 
     Example:
-        >>> trainer = L.Trainer(callbacks=[CacheWriter("caches/resnet", kind="dense")])
-        >>> trainer.predict(TeacherPrediction(resnet), datamodule=data, return_predictions=False)
+        >>> from lightning_distill.callbacks import CacheWriter
+        >>> trainer = L.Trainer(callbacks=[CacheWriter("caches/resnet", kind="dense")])  # doctest: +SKIP
+        >>> trainer.predict(TeacherPrediction(resnet), datamodule=data, return_predictions=False)  # doctest: +SKIP
     """
 
     def __init__(self, teacher: TeacherLike, task: Task | None = None) -> None:

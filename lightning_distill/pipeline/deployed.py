@@ -112,7 +112,7 @@ class DeployedReport:
             "µJ, by\nmodel",
         )
         table = Table(
-            Column("ONNX\nRuntime", overflow="fold", min_width=min(12, longest)),
+            Column("ONNX\nRuntime", overflow="fold", min_width=min(9, longest)),
             *(Column(name, justify="right") for name in head),
             box=SIMPLE_HEAD,
         )

@@ -44,8 +44,8 @@ class Pipeline:
         ValueError: If there are no stages, or two would share a folder.
 
     Example:
-        >>> pipeline = Pipeline([Stage("teacher", build_teacher), Stage("student", build_student)])
-        >>> rich.print(pipeline.run("runs/pipeline"))  # doctest: +SKIP
+        >>> stages = [Stage("teacher", build_teacher), Stage("student", build_student)]  # doctest: +SKIP
+        >>> rich.print(Pipeline(stages).run("runs/pipeline"))  # doctest: +SKIP
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:

@@ -103,7 +103,7 @@ class PipelineReport:
         """The table."""
         measured = [name.replace("/", "/\n", 1) for name in (self.monitor, _on_test(self.monitor))]
         table = Table(
-            Column("stage", overflow="fold", min_width=min(12, max(len(stage.name) for stage in self.stages))),
+            Column("stage", overflow="fold", min_width=min(9, max(len(stage.name) for stage in self.stages))),
             *(Column(name, justify="right") for name in (measured[0], "kept", measured[1])),
             *(Column(name, justify="right") for name in ("weights", "kB", "MFLOP /\nsample", "time")),
             box=SIMPLE_HEAD,

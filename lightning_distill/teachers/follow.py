@@ -60,6 +60,7 @@ class FollowedTeacher(FrozenTeacher):
         TimeoutError: In training, if there is no (newer) version in time.
 
     Example:
+        >>> from lightning_distill.networks import ResNet1d
         >>> teacher = FollowedTeacher("runs/teacher/published", ResNet1d(), check_every=20)  # KD(student, teacher)
     """
 

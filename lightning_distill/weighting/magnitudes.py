@@ -18,6 +18,7 @@ def inverse_magnitude_weights(magnitudes: Tensor, *, total: float | None = None)
         ValueError: If a magnitude is not positive.
 
     Example:
+        >>> import torch
         >>> inverse_magnitude_weights(torch.tensor([3.0, 1.0]))
         tensor([0.5000, 1.5000])
     """

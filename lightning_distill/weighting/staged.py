@@ -32,7 +32,7 @@ def staged_weight(
         ValueError: If an argument is outside its range.
 
     Example:
-        >>> [staged_weight(step, middle=0.8, warm_up=100) for step in (0, 50, 100, 500)]
+        >>> [round(staged_weight(step, middle=0.8, warm_up=100), 3) for step in (0, 50, 100, 500)]
         [0.0, 0.4, 0.8, 0.8]
     """
     for name, value in {"step": step, "initial": initial, "middle": middle, "warm_up": warm_up, "decay": decay}.items():
@@ -62,8 +62,8 @@ class StagedWeight:
         ValueError: If an attribute is outside its range.
 
     Example:
-        >>> StagedWeight(warm_up=10)(5)
-        0.5
+        >>> StagedWeight(warm_up=10)(10)
+        1.0
     """
 
     warm_up: float

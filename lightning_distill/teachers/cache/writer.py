@@ -43,6 +43,7 @@ class ShardWriter:
 
     Example:
         >>> import tempfile
+        >>> from lightning_distill.teachers.cache.reader import CacheReader
         >>> folder = tempfile.mkdtemp()
         >>> with ShardWriter(folder, CacheSpec("dense", width=3)) as writer:
         ...     writer.write(torch.tensor([7, 4]), torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]))
