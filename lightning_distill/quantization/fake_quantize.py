@@ -149,15 +149,29 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         values, scale = ctx.saved_tensors
-        steps = values / scale.clamp_min(SMALLEST_SCALE)
-        low, high = ctx.lowest - ctx.zero, ctx.highest - ctx.zero  # the outermost levels, in steps
-        clipped = steps.clamp(low, high)
-        inside = clipped == steps
-        to_values = gradient * inside if ctx.needs_input_grad[0] else None
+        # passes over memory are what this costs: few new tensors, and a mask of floats, which multiplies fastest
+        steps, low, high = values / scale.clamp_min(SMALLEST_SCALE), ctx.lowest - ctx.zero, ctx.highest - ctx.zero
+        # to the outermost levels, in steps; twice as fast as `clamp` where they are tensors
+        clipped = steps.clamp_min(low).clamp_max_(high)
+        inside = torch.eq(clipped, steps, out=torch.empty_like(steps))
         to_scale = None
         if ctx.needs_input_grad[1]:
             # clipped values are whole codes already: what is left of them is the outermost level
-            levels = (clipped + ctx.zero).round_().sub_(ctx.zero)
-            change = levels.sub_(steps.mul_(inside)).mul_(gradient)
-            to_scale = change.sum_to_size(scale.shape) * ctx.scale_gradient
+            if isinstance(ctx.zero, Tensor) or ctx.zero != 0:
+                levels = clipped.add_(ctx.zero).round_().sub_(ctx.zero)
+            else:
+                levels = clipped.round_()
+            change = levels.addcmul_(steps, inside, value=-1)
+            to_scale = _sum_of_products(change, gradient, scale.shape) * ctx.scale_gradient
+        to_values = inside.mul_(gradient) if ctx.needs_input_grad[0] else None
         return to_values, to_scale, None, None, None, None
+
+
+def _sum_of_products(first: Tensor, second: Tensor, shape: torch.Size) -> Tensor:
+    """``(first * second).sum_to_size(shape)``, without the products in memory where one step is for a whole row."""
+    if shape.numel() == 1 and first.numel() < 2**31:  # more than BLAS counts
+        return torch.dot(first.reshape(-1), second.reshape(-1)).reshape(shape)
+    if shape == (*first.shape[:-1], 1):
+        sums: Tensor = torch.linalg.vecdot(first, second)
+        return sums.unsqueeze(-1)
+    return first.mul_(second).sum_to_size(shape)
