@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -27,6 +27,7 @@ from lightning_distill.modes import inference
 
 Run = Callable[[nn.Module, Any], Any]
 _TOLERANCE = 1e-4
+_LONGEST = 4  # steps of a search, per edge of the graph; those that end take about one
 
 
 def channel_groups(
@@ -37,6 +38,7 @@ def channel_groups(
     torch-pruning (Fang et al. 2023, DepGraph) finds candidates in the autograd graph of one pass, from the kinds of
     operations; it cannot know what each operation does. So every group is tried out on a copy with random weights:
     without half of its channels it must say what the whole network says when nobody reads them. What fails stays.
+    So do layers whose search is stopped because it has taken far more steps than the graph has edges.
 
     Args:
         network: Any network; it is not changed.
@@ -49,7 +51,6 @@ def channel_groups(
         ModuleNotFoundError: If torch-pruning is missing.
         ValueError: If a pattern fits nothing, the network cannot read the example, or does not use a layer for it.
     """
-    _check_attention(network)
     probe = _random_copy(network, example, run)
     makers = {name for name, layer in probe.named_modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))}
     for pattern in skip:
@@ -60,13 +61,13 @@ def channel_groups(
     found: list[ChannelGroup] = []
     left: dict[str, str] = {}
     reason: str | None
-    for layers, channels, slices in _candidates(probe, example, run):
+    for layers, channels, slices in _candidates(probe, skipped, example, run):
         if skipped & set(layers):
             reason = "skipped"
         elif channels == 1:
             reason = "a single channel"
-        elif slices is None:
-            reason = "layers of another kind, or bare parameters, share them"
+        elif isinstance(slices, str):
+            reason = slices
         elif (reason := _shared(probe, slices)) is None:
             reason = "they cannot be parted evenly"
             for units in _units(probe, layers[0], channels, slices):
@@ -77,7 +78,8 @@ def channel_groups(
                     break
         if reason is not None:
             left.update(dict.fromkeys(layers, reason))
-    return tuple(found), left
+    makers_found = {name for group in found for name in group.layers}
+    return tuple(found), {name: reason for name, reason in left.items() if name not in makers_found}
 
 
 def check_removal(network: nn.Module, removal: Removal, example: Any, *, run: Run | None = None) -> None:
@@ -159,14 +161,6 @@ def _random_copy(network: nn.Module, example: Any, run: Run | None) -> nn.Module
     return probe if all(bool(value.isfinite().all()) for value in _said(probe, example, run)) else plain
 
 
-def _check_attention(network: nn.Module) -> None:
-    if hasattr(getattr(network, "config", None), "num_key_value_heads"):  # seen with Llama: the search never ends
-        raise ValueError(
-            f"{type(network).__name__} has heads of keys of their own (`num_key_value_heads`), as Llama does; "
-            "torch-pruning cannot follow such networks."
-        )
-
-
 def _check_used(probe: nn.Module, makers: set[str], example: Any, run: Run | None) -> None:
     used: set[str] = set()
 
@@ -187,9 +181,9 @@ def _check_used(probe: nn.Module, makers: set[str], example: Any, run: Run | Non
 
 
 def _candidates(
-    probe: nn.Module, example: Any, run: Run | None
-) -> list[tuple[tuple[str, ...], int, tuple[Slice, ...] | None]]:
-    """Layers that make the same channels, how many, and where these lie; ``None`` where that is unknown."""
+    probe: nn.Module, skipped: set[str], example: Any, run: Run | None
+) -> list[tuple[tuple[str, ...], int, tuple[Slice, ...] | str]]:
+    """Layers that make the same channels, how many, and where these lie, or why that is unknown."""
     try:
         import torch_pruning
     except ModuleNotFoundError as error:
@@ -211,20 +205,57 @@ def _candidates(
             "gradient, or prune the part of the network that can be traced."
         ) from error
     names = {layer: name for name, layer in traced.named_modules()}
-    found, seen = [], set()
+    visits = _Visits(_LONGEST * sum(len(node.dependencies) for node in graph.module2node.values()))
+    for node in graph.module2node.values():
+        node.dependencies = _Counted(node.dependencies, visits)
+    found: list[tuple[tuple[str, ...], int, tuple[Slice, ...] | str]] = []
+    seen: set[str] = set()
     for layer in list(graph.module2node):
         name = names.get(layer)
         if name is None or name in seen or not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
             continue
         if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and is_depthwise(layer):
             continue  # it makes no channels: it passes them on
+        if name in skipped:
+            found.append(((name,), 0, "skipped"))
+            continue
         pruner = graph.get_pruner_of_module(layer)
         channels = pruner.get_out_channels(layer)
-        group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(channels)))
+        visits.left = visits.most
+        try:
+            group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(channels)))
+        except _EndlessError:
+            found.append(((name,), channels, "torch-pruning finds no end to what hangs together with them"))
+            continue
         slices, makers = _slices(group, names)
         seen.update(makers)
-        found.append((tuple(makers), channels, slices))
+        found.append((tuple(makers), channels, slices or "layers of another kind, or bare parameters, share them"))
     return found
+
+
+class _EndlessError(Exception):
+    """The search of one group has taken too many steps."""
+
+
+class _Visits:
+    """How many steps a search has left; torch-pruning's own has no bound, and in Llama's attention no end."""
+
+    def __init__(self, most: int) -> None:
+        self.most = self.left = most
+
+
+class _Counted(list[Any]):
+    """The dependencies of a node, which the search reads once per step."""
+
+    def __init__(self, dependencies: list[Any], visits: _Visits) -> None:
+        super().__init__(dependencies)
+        self._visits = visits
+
+    def __iter__(self) -> Iterator[Any]:
+        self._visits.left -= 1
+        if self._visits.left < 0:
+            raise _EndlessError
+        return super().__iter__()
 
 
 def _slices(group: Any, names: Mapping[nn.Module, str]) -> tuple[tuple[Slice, ...] | None, list[str]]:
