@@ -42,6 +42,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and a perceptron of two layers, both behind a normalization."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -84,6 +86,7 @@ SPECS = {
     "w8": QuantSpec(8),
     "w4": QuantSpec(4),
     "w2": QuantSpec(2),
+    "w2a8": QuantSpec(2, 8),
 }
 GOALS = {"mlp": 0.35, "cnn": 0.5, "transformer": 0.6}  # seconds of w8a8 beside float32
 

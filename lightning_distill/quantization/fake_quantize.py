@@ -149,21 +149,29 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         values, scale = ctx.saved_tensors
-        exact = values / scale.clamp_min(SMALLEST_SCALE)  # codes before rounding
-        if isinstance(ctx.zero, Tensor) or ctx.zero != 0:
-            exact.add_(ctx.zero)
-        to_values = _where_inside(gradient, exact, ctx.lowest, ctx.highest) if ctx.needs_input_grad[0] else None
+        # passes over memory are what this costs: few new tensors, and a mask of floats, which multiplies fastest
+        steps, low, high = values / scale.clamp_min(SMALLEST_SCALE), ctx.lowest - ctx.zero, ctx.highest - ctx.zero
+        # to the outermost levels, in steps; twice as fast as `clamp` where they are tensors
+        clipped = steps.clamp_min(low).clamp_max_(high)
+        inside = torch.eq(clipped, steps, out=torch.empty_like(steps))
         to_scale = None
         if ctx.needs_input_grad[1]:
-            # inside it is the rounding error, where the zero point cancels; outside the outermost level
-            inside = _where_inside(exact - ctx.zero, exact, ctx.lowest, ctx.highest)
-            levels = exact.round_().clamp_(ctx.lowest, ctx.highest).sub_(ctx.zero)
-            to_scale = levels.sub_(inside).mul_(gradient).sum_to_size(scale.shape) * ctx.scale_gradient
+            # clipped values are whole codes already: what is left of them is the outermost level
+            if isinstance(ctx.zero, Tensor) or ctx.zero != 0:
+                levels = clipped.add_(ctx.zero).round_().sub_(ctx.zero)
+            else:
+                levels = clipped.round_()
+            change = levels.addcmul_(steps, inside, value=-1)
+            to_scale = _sum_of_products(change, gradient, scale.shape) * ctx.scale_gradient
+        to_values = inside.mul_(gradient) if ctx.needs_input_grad[0] else None
         return to_values, to_scale, None, None, None, None
 
 
-def _where_inside(values: Tensor, codes: Tensor, lowest: int, highest: int) -> Tensor:
-    """``values`` where ``lowest <= codes <= highest``, else 0; several times as fast as a product with a mask."""
-    margin = torch.finfo(codes.dtype).eps * max(-lowest, highest, 1)  # the kernel leaves its bounds out
-    within: Tensor = torch.ops.aten.hardtanh_backward(values, codes, lowest - margin, highest + margin)
-    return within
+def _sum_of_products(first: Tensor, second: Tensor, shape: torch.Size) -> Tensor:
+    """``(first * second).sum_to_size(shape)``, without the products in memory where one step is for a whole row."""
+    if shape.numel() == 1 and first.numel() < 2**31:  # more than BLAS counts
+        return torch.dot(first.reshape(-1), second.reshape(-1)).reshape(shape)
+    if shape == (*first.shape[:-1], 1):
+        sums: Tensor = torch.linalg.vecdot(first, second)
+        return sums.unsqueeze(-1)
+    return first.mul_(second).sum_to_size(shape)

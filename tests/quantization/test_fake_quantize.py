@@ -94,11 +94,12 @@ def test_gradients_to_values_and_step_are_those_of_lsq(golden):
     assert torch.equal(w.grad, masked)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (5, 1, 1), (5, 3, 1), (3, 7)])
 @pytest.mark.parametrize("grid", [grid_of(3), grid_of(2, "even"), grid_of(4, "unsigned")])
-def test_gradients_equal_those_of_the_graph_with_detached_rounding(grid):
+def test_gradients_equal_those_of_the_graph_with_detached_rounding(grid, shape):
     torch.manual_seed(1)
-    x = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)
-    s = (torch.rand(5, 1, 1, dtype=torch.float64) + 0.2).requires_grad_()
+    x = torch.randn(5, 3, 7, dtype=torch.float64).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    s = (torch.rand(shape, dtype=torch.float64) + 0.2).requires_grad_()
     zero = torch.tensor(3.0, dtype=torch.float64) if grid.lowest == 0 else grid.zero_point
     out = torch.randn_like(x)
     actual = torch.autograd.grad(fake_quantize(x, s, grid=grid, zero_point=zero), (x, s), out)
