@@ -147,3 +147,16 @@ def test_without_the_package_it_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-distill\[torchao\]"):
         to_torchao(prepare(perceptron(), QuantSpec(4)), torch.randn(2, 64))
+
+
+def test_an_adapter_stays_on_a_base_of_torchao():
+    peft = pytest.importorskip("peft")
+    network = peft.get_peft_model(
+        perceptron(), peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    prepare(network, QuantSpec(4))
+    values = torch.randn(8, 64)
+    exported = to_torchao(network, values)
+    assert not quantized_layers(exported)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(values), network(values), rtol=1e-4, atol=1e-4)
