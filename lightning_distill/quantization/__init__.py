@@ -34,6 +34,7 @@ from lightning_distill.quantization.terms import (
     soft_quantized_loss,
     weight_quantization_error,
 )
+from lightning_distill.quantization.torchao_export import to_torchao
 
 __all__ = [
     "Grid",
@@ -78,6 +79,7 @@ __all__ = [
     "soft_quantized_loss",
     "soft_staircase",
     "ternary_quantize",
+    "to_torchao",
     "unpack_bits",
     "unprepare",
     "weight_quantization_error",

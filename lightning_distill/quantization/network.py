@@ -51,11 +51,7 @@ def prepare(
     if quantized_layers(model):
         raise ValueError("`model` is quantized already; change its bits with `set_bits`.")
     spec = QuantSpec() if spec is None else spec
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in QUANTIZED and not (has_adapter(model) and _in_adapter(name))
-    }
+    candidates = quantizable_layers(model)
     specs = dict.fromkeys(candidates, spec)
     for pattern, override in (overrides or {}).items():
         for name in _matching(pattern, candidates, "overrides"):
@@ -76,6 +72,15 @@ def prepare(
         if isinstance(block, nn.TransformerEncoder) and quantized_layers(block):
             block.use_nested_tensor = False
     return model
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of ``model`` that :func:`prepare` can quantize, by name; those of an adapter are not."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in QUANTIZED and not (has_adapter(model) and _in_adapter(name))
+    }
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_distill.quantization.fake_quantize import SMALLEST_SCALE
 from lightning_distill.quantization.integers import integer_weight
 from lightning_distill.quantization.layers import QUANTIZED, QuantizedLayer
-from lightning_distill.quantization.network import prepare, quantized_layers, require_in_force
+from lightning_distill.quantization.network import prepare, quantizable_layers, quantized_layers, require_in_force
 from lightning_distill.quantization.spec import QuantSpec
 
 VERSION = "1"
@@ -123,7 +123,7 @@ def read_packed(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(
             f"The network in {str(path)!r} has quantized layers {absent}, which this {type(model).__name__} has not."
         )
-    left_alone = [name for name, module in modules.items() if type(module) in QUANTIZED and name not in specs]
+    left_alone = [name for name in quantizable_layers(model) if name not in specs]
     prepare(model, overrides={escape(name): spec for name, spec in specs.items()}, skip=[escape(n) for n in left_alone])
     layers = quantized_layers(model)
     for name, layer in layers.items():

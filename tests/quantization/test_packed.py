@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from lightning_distill.quantization import (
@@ -219,3 +220,52 @@ def test_a_file_with_too_few_codes_is_refused(tmp_path):
     save_file(tensors, str(path), metadata=header)
     with pytest.raises(ValueError, match=r"lacks \['head\.codes'\]"):
         read_packed(Network(), path)
+
+
+def adapted(seed):
+    """A PeftModel with a low-rank adapter on its first layer, as it is after some training."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    network = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    return network.eval()
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(2, 8)], ids=str)
+def test_an_adapted_student_keeps_its_base_packed_and_its_adapter_as_it_is(spec, tmp_path):
+    network, values = prepare(adapted(0), spec), torch.randn(32, 16)
+    calibrate(network, [values])
+    adapter = {name: value for name, value in network.state_dict().items() if "lora_" in name}
+    assert adapter
+    assert not any("lora_" in name for name in quantized_layers(network))
+    expected = network(values).detach()
+    write_packed(network, tmp_path / "adapted.safetensors")
+    again = read_packed(adapted(1), tmp_path / "adapted.safetensors")  # another base and another adapter
+    torch.testing.assert_close(again(values).detach(), expected)
+    state = again.state_dict()
+    for name, value in adapter.items():
+        assert torch.equal(state[name], value), name
+    with safe_open(str(tmp_path / "adapted.safetensors"), framework="pt") as file:
+        names = set(file.keys())
+        assert {name for name in names if "lora_" in name} == set(adapter)
+        codes = [file.get_tensor(name) for name in names if name.endswith(".codes")]
+        assert sum(part.numel() for part in codes) == (16 * 32 + 32 * 4) * spec.weight_bits // 8
+
+
+def test_an_adapter_does_not_go_into_a_network_without_one(tmp_path):
+    network = prepare(adapted(0), QuantSpec(4))
+    write_packed(network, tmp_path / "adapted.safetensors")
+    torch.manual_seed(1)
+    plain = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    with pytest.raises(ValueError, match=r"has quantized layers .*base_layer.*which this Sequential has not"):
+        read_packed(plain, tmp_path / "adapted.safetensors")
+
+
+def test_an_adapter_that_was_merged_is_packed_with_its_base(tmp_path):
+    network, values = adapted(0), torch.randn(32, 16)
+    expected = network(values).detach()
+    merged = prepare(network.merge_and_unload(), QuantSpec(8))
+    write_packed(merged, tmp_path / "merged.safetensors")
+    plain = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    again = read_packed(plain, tmp_path / "merged.safetensors")
+    assert (again(values) - expected).norm().item() < 0.02 * expected.norm().item()
