@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,8 +35,8 @@ class DeployedNetwork:
         metrics: The task's metrics of the file on the test data, and ``agreement`` with the network in torch.
         relative_error: Of the file's outputs beside the network's in torch, on the batch that is timed.
         bytes: Of the file.
-        seconds: Median time for a batch, one thread.
-        relative_time: Median ratio to the time that the first network took just before.
+        seconds: Least time for a batch, one thread: other work on the machine only adds to it.
+        relative_time: Share of the first network's.
         predicted_seconds: What the cost model says.
         energy: What the cost model says, joules; not measured.
     """
@@ -202,8 +201,8 @@ def measure_deployed(
                 metrics=measured[name],
                 relative_error=errors[name],
                 bytes=paths[name].stat().st_size,
-                seconds=statistics.median(times[name]),
-                relative_time=statistics.median(own / other for own, other in zip(times[name], first, strict=True)),
+                seconds=min(times[name]),
+                relative_time=min(times[name]) / min(first),
                 predicted_seconds=predicted.latency,
                 energy=predicted.energy,
             )
