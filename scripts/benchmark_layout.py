@@ -1,9 +1,10 @@
 """What changing the layout of channels costs on this machine's CPU, against one convolution.
 
-A batch of images goes into blocks of 16 channels and back (`to_nchwc`, `from_nchwc`), into `channels_last`, and into
-the layout that oneDNN chooses (`x.to_mkldnn()`) and back; beside it one 3x3 convolution computes in each of these
-layouts, its weights being there already. All take turns, one thread, CPU time. Printed are times over that of the
-contiguous convolution, of the same round: medians, and quartiles in brackets. All convolutions must agree first.
+A batch of images goes into blocks of 16 channels and back (`to_nchwc`, `from_nchwc`), into `channels_last` and back,
+and into a tensor of oneDNN (`x.to_mkldnn()`, a copy: its blocks are chosen inside the convolution). Beside it one 3x3
+convolution computes with each, its weights being there already. All take turns, one thread, CPU time. Printed are times
+over that of the contiguous convolution, of the same round: medians, and quartiles in brackets. All convolutions must
+agree first.
 
     python scripts/benchmark_layout.py --rounds 25 --channels 64 256
 """
@@ -42,13 +43,13 @@ def actions(batch: int, channels: int, size: int, width: int) -> dict[str, Calla
     return {
         "convolution, contiguous": lambda: plain(x),
         "convolution, channels_last": lambda: last(x_last),
-        "convolution, oneDNN's layout": lambda: dense(x_dense),
+        "convolution, oneDNN tensors": lambda: dense(x_dense),
         "to_nchwc": lambda: to_nchwc(x, width),
         "from_nchwc": lambda: from_nchwc(blocks, channels),
         "to channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
         "from channels_last": lambda: x_last.contiguous(),
-        "to oneDNN's layout": lambda: x.to_mkldnn(),
-        "from oneDNN's layout": lambda: y_dense.to_dense(),
+        "x.to_mkldnn()": lambda: x.to_mkldnn(),
+        "to_dense() of its output": lambda: y_dense.to_dense(),
     }
 
 

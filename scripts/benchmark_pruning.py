@@ -1,9 +1,9 @@
 """How much faster a network with fewer channels is on this machine's CPU, and what whole vectors are worth.
 
 Networks of more than a million parameters lose channels to a share of a width that is a multiple of 16 (`keep`), and to
-one channel more and one less (by layer). Eager PyTorch (CPU time) and ONNX Runtime (float32, wall clock) compute the
-same batch in turns, one thread; every round gives one ratio to the whole network. Printed are the median ratio and, in
-brackets, its quartiles. Every file is checked against its network when it is written.
+one channel more and one less (by layer). Eager PyTorch and ONNX Runtime (float32) compute the same batch in turns, one
+thread, CPU time; every round gives one ratio to the whole network. Printed are the median ratio and, in brackets, its
+quartiles. Every file is checked against its network when it is written.
 
     python scripts/benchmark_pruning.py --rounds 25 --batch 8
 """
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lightning_distill.compression import prune_channels
 from lightning_distill.networks import MLP, ConvNet2d, ResNet1d
 from lightning_distill.quantization import export_onnx
-from lightning_distill.quantization.onnx_runtime import onnx_latencies
+from lightning_distill.quantization.onnx_runtime import OnnxNetwork
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP": (lambda: MLP((256, 1024, 1024, 10)), (256,)),
@@ -48,7 +48,7 @@ def variants(network: nn.Module, example: Tensor, keep: float) -> dict[str, nn.M
     return found
 
 
-def eager_latencies(networks: Sequence[nn.Module], x: Tensor, rounds: int) -> list[list[float]]:
+def latencies(networks: Sequence[nn.Module], x: Tensor, rounds: int) -> list[list[float]]:
     """CPU seconds of a pass of each network, in turns."""
     times: list[list[float]] = [[] for _ in networks]
     with torch.inference_mode():
@@ -93,8 +93,8 @@ def main() -> None:
             paths = [Path(folder) / f"{number}.onnx" for number in range(len(networks))]
             for network, path in zip(networks, paths, strict=True):
                 export_onnx(network, x, path)
-            onnx = onnx_latencies(paths, x, repeats=arguments.rounds)
-        eager = eager_latencies(networks, x, arguments.rounds)
+            onnx = latencies([OnnxNetwork(path) for path in paths], x, arguments.rounds)
+        eager = latencies(networks, x, arguments.rounds)
         first = 1000 * statistics.median(eager[0]), 1000 * statistics.median(onnx[0])
         print(f"{name:<10} {'whole':>5} {'':>8} {size:>10,}  {first[0]:>15.2f} ms  {first[1]:>15.2f} ms")
         rows = zip(list(found)[1:], networks[1:], ratios(eager), ratios(onnx), strict=True)
