@@ -117,6 +117,16 @@ def test_half_precision_is_computed_in_float32_and_a_lost_step_comes_back():
     s = torch.tensor(-0.5, requires_grad=True)
     fake_quantize(torch.tensor([1e4, -1e4]), s, grid=grid_of(2)).sum().backward()
     assert s.grad.isfinite()
+    lost, x = torch.tensor([[0.0], [-1.0]], requires_grad=True), torch.tensor([[0.0, 2.0], [-2.0, 0.0]])
+    fake_quantize(x.requires_grad_(), lost, grid=grid_of(2)).sum().backward()
+    assert torch.equal(lost.grad, torch.tensor([[1.0], [-1.0]]))  # outermost levels: both steps count as tiny ones
+    assert torch.equal(x.grad, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+
+
+def test_alternation_keeps_the_step_of_a_row_of_zeros():
+    scale, errors = alternate_scale_and_codes(torch.zeros(1, 4), torch.tensor([[0.5]]), grid_of(4), rounds=2)
+    assert scale.item() == 0.5
+    assert all(error.item() == 0 for error in errors)
 
 
 @pytest.mark.chapter("D10", api=API + "fake_quantize")

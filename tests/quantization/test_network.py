@@ -10,6 +10,7 @@ from lightning_distill.quantization import (
     calibrate,
     fake_quantize,
     full_precision,
+    grid_of,
     prepare,
     quantized_layers,
     set_alpha,
@@ -312,3 +313,19 @@ def test_what_cannot_be_quantized_is_refused_before_anything_changes():
 def test_specs_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         QuantSpec(**arguments)
+
+
+def test_steps_of_a_layer_have_the_gradients_of_lsq():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 4), torch.randn(6, 32)
+    calibrate(prepare(nn.Sequential(layer), QuantSpec(3, 4)), [x])
+    layer(x).square().sum().backward()
+    scale, step = (found.detach().requires_grad_() for found in (layer.weight_scale, layer.activation_scale))
+    weight = fake_quantize(layer.weight.detach().unsqueeze(1), scale, grid=layer.weight_grid).squeeze(1)
+    zero = layer.activation_zero_point
+    inputs = fake_quantize(x, step, grid=grid_of(4, "unsigned"), zero_point=zero)
+    (inputs @ weight.T + layer.bias.detach()).square().sum().backward()
+    # per number that shares the step, and of the logarithm
+    weights_share, inputs_share = (32 * 3) ** -0.5, (32 * 15) ** -0.5
+    torch.testing.assert_close(layer.log_weight_scale.grad, scale.grad * scale.detach() * weights_share)
+    torch.testing.assert_close(layer.log_activation_scale.grad, step.grad * step.detach() * inputs_share)
