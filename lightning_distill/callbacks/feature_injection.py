@@ -21,7 +21,10 @@ class FeatureInjection(L.Callback):
     validation nothing is injected. A function of the optimizer step, so it continues after a resume; the length of the
     schedule is kept in the checkpoint. Logs ``feature_injection``, the present share.
 
-    Features must have the same shape: take the student's full-precision original as teacher.
+    Features must have the same shape: take the student's full-precision original as teacher. The student
+    may learn to rely on what it is lent: then its own features die, and nothing is left when the teacher leaves. Look
+    at it after ``num_steps``; a small ``alpha``, and a term that draws its features to the teacher's
+    (:class:`~lightning_distill.losses.FeatureMatching`), make that rarer.
 
     Args:
         layers: Names of submodules whose outputs are tensors: a list, if they are called alike in both networks, or the

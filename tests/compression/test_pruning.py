@@ -256,7 +256,7 @@ def test_of_the_whole_network_the_least_important_channels_go():
 def test_not_one_channel_more_would_fit(channels):
     x, network = torch.randn(2, 64), MLP((64, 64, 10))
     limit = CostModel(throughput=1e9).estimate(MLP((64, channels, 10)), x).size
-    report = prune_channels(network, x, max_cost={"size": limit}, model=CostModel(throughput=1e9), width=1)
+    report = prune_channels(network, x, max_cost={"bytes": limit}, model=CostModel(throughput=1e9), width=1)
     assert report.channels == {"blocks.0.0": channels}
 
 
