@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,3 +37,15 @@ def inference(network: nn.Module) -> Iterator[None]:
         # Before torch 2.11 autocast kept the casted weights of a pass without gradients, and the training pass that
         # used them again got none either: https://github.com/pytorch/pytorch/pull/165068
         torch.clear_autocast_cache()
+
+
+def run_batch(network: nn.Module, batch: Any) -> Any:
+    """What ``network`` says about a batch: a tensor, the first of a tuple, or a mapping of arguments.
+
+    Example:
+        >>> run_batch(nn.Identity(), (torch.ones(1), torch.zeros(1)))
+        tensor([1.])
+    """
+    if isinstance(batch, Mapping):
+        return network(**batch)
+    return network(batch[0] if isinstance(batch, (tuple, list)) else batch)

@@ -23,7 +23,7 @@ from lightning_distill.compression.channels import (
     mask,
     norm_groups,
 )
-from lightning_distill.modes import inference
+from lightning_distill.modes import inference, run_batch
 
 Run = Callable[[nn.Module, Any], Any]
 _TOLERANCE = 1e-4
@@ -124,20 +124,13 @@ def _close(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 def _said(network: nn.Module, example: Any, run: Run | None) -> list[Tensor]:
     with inference(network):
-        said = _flat((run or run_example)(network, example))
+        said = _flat((run or run_batch)(network, example))
     return [value for value in said if value.is_floating_point()]
 
 
 def _flat(said: Any) -> list[Tensor]:
     parts = list(said.values()) if isinstance(said, Mapping) else said
     return [value for value in tree_leaves(parts) if isinstance(value, Tensor)]
-
-
-def run_example(network: nn.Module, example: Any) -> Any:
-    """What ``network`` says about a batch: a tensor, the first of a tuple, or a mapping of arguments."""
-    if isinstance(example, Mapping):
-        return network(**example)
-    return network(example[0] if isinstance(example, (tuple, list)) else example)
 
 
 def _random_copy(network: nn.Module, example: Any, run: Run | None) -> nn.Module:
@@ -193,7 +186,7 @@ def _candidates(
     traced = copy.deepcopy(probe).eval().requires_grad_(True)
 
     def forward(model: nn.Module, batch: Any) -> list[Tensor]:
-        return [value for value in _flat((run or run_example)(model, batch)) if value.grad_fn is not None]
+        return [value for value in _flat((run or run_batch)(model, batch)) if value.grad_fn is not None]
 
     graph = torch_pruning.DependencyGraph()
     try:
@@ -310,4 +303,4 @@ def _units(probe: nn.Module, name: str, channels: int, slices: tuple[Slice, ...]
     return ways
 
 
-__all__ = ["channel_groups", "check_removal", "fault", "run_example"]
+__all__ = ["channel_groups", "check_removal", "fault"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_distill.modes import inference
+from lightning_distill.modes import inference, run_batch
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -336,7 +336,7 @@ def _second_moments(
     try:
         with inference(network):
             for batch in batches:
-                (run or _run)(network, batch)
+                (run or run_batch)(network, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -361,9 +361,3 @@ def _rows(layer: Any, inputs: Tensor) -> Tensor:
         padded, kernel, stride, dilation = padded.unsqueeze(-2), (1, *kernel), (1, *stride), (1, *dilation)
     patches = F.unfold(padded, kernel, dilation=dilation, stride=stride)
     return patches.transpose(1, 2).flatten(0, 1)
-
-
-def _run(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_distill.hardware.alignment import align_channels
-from lightning_distill.modes import inference
+from lightning_distill.modes import inference, run_batch
 from lightning_distill.quantization import full_precision, quantized_layers, size_report
 
 ROOT = "(network)"
@@ -93,7 +93,7 @@ def count_costs(
         stack.callback(counter.remove)
         stack.enter_context(counter.flops)
         stack.enter_context(counter)
-        (run or _run)(model, batch)
+        (run or run_batch)(model, batch)
     return tuple(cost for cost in counter.costs.values() if cost.calls)
 
 
@@ -211,9 +211,3 @@ def _without_fused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _run(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

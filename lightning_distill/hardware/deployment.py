@@ -16,6 +16,7 @@ from lightning_distill.hardware.calibration import measure_latency
 from lightning_distill.hardware.counting import count_costs
 from lightning_distill.hardware.fusion import PRODUCTS, Followed, Fusion, find_fusions
 from lightning_distill.hardware.targets import Arithmetic, Target, target, tile_bytes, tile_size
+from lightning_distill.modes import run_batch
 from lightning_distill.quantization import QuantizedLayer, full_precision
 
 Run = Callable[[nn.Module, Any], Any]
@@ -284,9 +285,7 @@ class _Reads(nn.Module):
     def forward(self, _: Tensor) -> Any:
         if self._run is not None:
             return self._run(self.network, self._batch)
-        if isinstance(self._batch, Mapping):
-            return self.network(**self._batch)
-        return self.network(self._batch[0] if isinstance(self._batch, (tuple, list)) else self._batch)
+        return run_batch(self.network, self._batch)
 
 
 def _names(names: Sequence[str]) -> str:

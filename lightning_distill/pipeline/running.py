@@ -20,11 +20,11 @@ from lightning_distill.comparison.quiet import quiet_lightning
 from lightning_distill.comparison.runs import raise_keyboard_interrupt
 from lightning_distill.export import write_network
 from lightning_distill.files import content_hash
+from lightning_distill.hardware import stored_bytes
 from lightning_distill.modes import inference
 from lightning_distill.modules.first_samples import first_samples
 from lightning_distill.pipeline.manifest import finish_manifest, finished_manifest
 from lightning_distill.pipeline.stage import Stage, describe
-from lightning_distill.quantization import quantized_layers, size_report
 from lightning_distill.stages import Earlier, earlier_stages
 from lightning_distill.tasks import Classification
 from lightning_distill.teachers import load_network
@@ -88,7 +88,7 @@ def train_stage(
             metrics=metrics,
             metric=value,
             parameters=sum(parameter.numel() for parameter in network.parameters()),
-            bytes=_bytes(network),
+            bytes=stored_bytes(network),
             flops=flops,
             seconds=seconds,
             steps=steps,
@@ -160,13 +160,6 @@ def _flops(module: Any, loader: Any) -> float | None:
     except Exception as error:  # a report is no reason to lose a training
         warnings.warn(f"The operations of the student were not counted: {error}", stacklevel=2)
         return None
-
-
-def _bytes(network: nn.Module) -> int:
-    """What the weights take where each has as many bits as it is quantized to."""
-    if quantized_layers(network):
-        return size_report(network).bytes
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

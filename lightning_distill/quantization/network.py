@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_distill.adapters import has_adapter
-from lightning_distill.modes import inference
+from lightning_distill.modes import inference, run_batch
 from lightning_distill.quantization.layers import QUANTIZED, QuantizedLayer
 from lightning_distill.quantization.spec import QuantSpec
 
@@ -135,7 +135,7 @@ def calibrate(
         stack.enter_context(full_precision(model))
         stack.enter_context(inference(model))
         for batch in batches:
-            (run or _run)(model, batch)
+            (run or run_batch)(model, batch)
     if unseen := [name for name, layer in reading.items() if not layer.is_calibrated]:
         raise ValueError(
             f"No batch came by the layers {unseen}, so that the range of what they read is not known. Give `batches` "
@@ -197,12 +197,6 @@ def require_in_force(model: nn.Module) -> None:
         raise ValueError(
             f"The layers {partly} are not wholly quantized. Call `set_alpha(model, 1.0)`, and leave `full_precision`."
         )
-
-
-def _run(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _matching(pattern: str, names: Iterable[str], argument: str) -> list[str]:
