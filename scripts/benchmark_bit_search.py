@@ -128,11 +128,12 @@ def compare(seed: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/bit_search.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = []
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         found.append(compare(seed))
         print(json.dumps(found[-1]), flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
