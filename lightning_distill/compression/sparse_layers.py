@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from lightning_distill.compression.blocks import Block, as_block, block_grid, block_norms
-from lightning_distill.quantization.layers import QUANTIZED, QuantizedLayer
+from lightning_distill.quantization.layers import QUANTIZED
+from lightning_distill.quantization.quantized_layer import QuantizedLayer
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (*_KINDS, *(QUANTIZED[kind] for kind in _KINDS))

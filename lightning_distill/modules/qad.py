@@ -20,7 +20,6 @@ from lightning_distill.modules.base import (
 from lightning_distill.modules.first_samples import first_samples
 from lightning_distill.modules.kd import KD
 from lightning_distill.outputs import Step
-from lightning_distill.quantization.layers import STEPS
 from lightning_distill.quantization.network import (
     Overrides,
     calibrate,
@@ -28,6 +27,7 @@ from lightning_distill.quantization.network import (
     prepare,
     quantized_layers,
 )
+from lightning_distill.quantization.quantized_layer import STEPS
 from lightning_distill.quantization.spec import QuantSpec
 from lightning_distill.quantization.terms import FLOAT_LOGITS, QUANTIZED_LAYERS, QuantizationError
 from lightning_distill.tasks import Task

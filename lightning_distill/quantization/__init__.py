@@ -4,7 +4,6 @@ from lightning_distill.quantization.alternation import MonotonicityReport, monot
 from lightning_distill.quantization.closed_forms import binary_quantize, ternary_quantize
 from lightning_distill.quantization.fake_quantize import Grid, blend, codes_of, fake_quantize, grid_of
 from lightning_distill.quantization.integers import IntegerWeight, integer_linear, integer_weight
-from lightning_distill.quantization.layers import QuantizedLayer
 from lightning_distill.quantization.network import (
     calibrate,
     full_precision,
@@ -17,6 +16,7 @@ from lightning_distill.quantization.network import (
 from lightning_distill.quantization.onnx_export import OnnxReport, export_onnx
 from lightning_distill.quantization.onnx_runtime import OnnxNetwork, onnx_latencies, onnx_latency, run_onnx
 from lightning_distill.quantization.packed import pack_bits, read_packed, unpack_bits, write_packed
+from lightning_distill.quantization.quantized_layer import QuantizedLayer
 from lightning_distill.quantization.scales import (
     affine_scale,
     alternate_scale_and_codes,

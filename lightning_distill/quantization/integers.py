@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_distill.quantization.fake_quantize import codes_of, grid_of
-from lightning_distill.quantization.layers import QuantizedLayer, QuantizedLinear
+from lightning_distill.quantization.layers import QuantizedLinear
+from lightning_distill.quantization.quantized_layer import QuantizedLayer
 
 
 class IntegerWeight(NamedTuple):

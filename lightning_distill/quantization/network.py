@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_distill.adapters import has_adapter
 from lightning_distill.modes import inference, run_batch
-from lightning_distill.quantization.layers import QUANTIZED, QuantizedLayer
+from lightning_distill.quantization.layers import QUANTIZED
+from lightning_distill.quantization.quantized_layer import QuantizedLayer
 from lightning_distill.quantization.spec import QuantSpec
 
 Network = TypeVar("Network", bound=nn.Module)

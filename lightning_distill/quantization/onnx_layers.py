@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_distill.quantization.fake_quantize import grid_of
 from lightning_distill.quantization.integers import IntegerWeight, integer_weight
-from lightning_distill.quantization.layers import STEPS, QuantizedLayer
+from lightning_distill.quantization.quantized_layer import STEPS, QuantizedLayer
 
 OPSET = 21
 """The first one with 4-bit numbers and steps of groups."""

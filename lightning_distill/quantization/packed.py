@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lightning_distill.quantization.fake_quantize import SMALLEST_SCALE
 from lightning_distill.quantization.integers import integer_weight
-from lightning_distill.quantization.layers import QUANTIZED, QuantizedLayer
+from lightning_distill.quantization.layers import QUANTIZED
 from lightning_distill.quantization.network import prepare, quantizable_layers, quantized_layers, require_in_force
+from lightning_distill.quantization.quantized_layer import QuantizedLayer
 from lightning_distill.quantization.spec import QuantSpec
 
 VERSION = "1"

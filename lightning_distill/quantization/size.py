@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_distill.quantization.layers import STEPS
 from lightning_distill.quantization.network import quantized_layers
+from lightning_distill.quantization.quantized_layer import STEPS
 
 _SCALE_BYTES = 4
 

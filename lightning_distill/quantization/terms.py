@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_distill.losses.soft_targets import check_same_shape, wide
 from lightning_distill.losses.term import Term, teacher_outputs
 from lightning_distill.outputs import Step
-from lightning_distill.quantization.layers import QuantizedLayer
+from lightning_distill.quantization.quantized_layer import QuantizedLayer
 
 FLOAT_LOGITS = "float_logits"
 QUANTIZED_LAYERS = "quantized_layers"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_distill.modes import inference
 from lightning_distill.quantization.integers import integer_weight
-from lightning_distill.quantization.layers import QuantizedLayer, QuantizedLinear
+from lightning_distill.quantization.layers import QuantizedLinear
 from lightning_distill.quantization.network import Network, quantized_layers, require_in_force
 from lightning_distill.quantization.onnx_runtime import Inputs, as_tuple
+from lightning_distill.quantization.quantized_layer import QuantizedLayer
 
 
 def to_torchao(model: Network, inputs: Inputs) -> Network:

@@ -1,0 +1,299 @@
+"""What all layers that compute with fake-quantized weights and inputs have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.losses.soft_targets import wide
+from lightning_distill.quantization.closed_forms import binary_quantize, ternary_quantize
+from lightning_distill.quantization.fake_quantize import SMALLEST_SCALE, Grid, blend, fake_quantize, grid_of
+from lightning_distill.quantization.scales import affine_scale, minmax_scale, mse_affine_scale, mse_scale
+from lightning_distill.quantization.spec import QuantSpec, check_bits
+from lightning_distill.quantization.surrogate import dsq_fake_quantize
+
+STEPS = ("log_weight_scale", "log_activation_scale", "activation_zero_point", "log_sharpness")
+"""What a quantized layer has beside what it had before."""
+
+_SAMPLED = 2**14  # values of an input that are looked at per batch of calibration
+
+
+class QuantizedLayer(nn.Module):
+    """What quantized layers have in common; :func:`~lightning_distill.quantization.prepare` makes them.
+
+    A layer stays the object that it was, with its ``weight`` in floating point, its hooks and its place: only its class
+    changes, and it gets ``weight_scale`` (steps, shape ``(channels, groups, 1)``), and where it quantizes its input
+    ``activation_scale`` and ``activation_zero_point``. Steps are kept, and trained, as logarithms: one learning rate
+    then suits large and small ones, and none can become negative (Jain et al. 2020, TQT,
+    https://arxiv.org/abs/1903.08066).
+
+    Attributes:
+        spec: How it is quantized. The numbers of bits count as they are in ``weight_bits`` and ``activation_bits``.
+        alpha: How much of the quantization is in force, in [0, 1]; see :func:`~lightning_distill.quantization.blend`.
+        enabled: Whether it quantizes; see :func:`~lightning_distill.quantization.full_precision`.
+    """
+
+    weight: Tensor
+    log_weight_scale: Tensor
+    log_activation_scale: Tensor
+    activation_zero_point: Tensor
+    log_sharpness: nn.Parameter
+
+    spec: QuantSpec
+    alpha: float
+    enabled: bool
+    activation_bits: int | None
+    plain: type[nn.Module]
+    """The class that it was."""
+    reads_numbers: bool = True
+    """Whether the input is quantizable, as indices are not."""
+
+    def become_quantized(self, spec: QuantSpec, name: str) -> None:
+        """Add what quantization needs; the class has just changed.
+
+        Raises:
+            ValueError: If the groups of ``spec`` do not divide a channel.
+        """
+        per_channel = self.weight[0].numel()
+        if spec.group_size is not None and per_channel % spec.group_size:
+            raise ValueError(
+                f"`granularity` is {spec.granularity!r}, but {name!r} has {per_channel} weights per channel, which "
+                f"groups of {spec.group_size} do not divide. Give it another one: "
+                f"`overrides={{{name!r}: QuantSpec(granularity='channel')}}`."
+            )
+        self.spec, self.alpha, self.enabled = spec, 1.0, True
+        self.activation_bits = spec.activations if self.reads_numbers else None
+        self._weight_bits, self._closed_form = spec.weight_bits, _closed_form(spec)
+        self._input_known = False
+        self._inputs: list[Tensor] | None = None  # what came by, while somebody looks
+        self._hold("log_weight_scale", torch.zeros_like(self.rows(wide(self.weight.detach()))[..., :1]))
+        if self.activation_bits is not None:
+            self._hold("log_activation_scale", torch.zeros((), device=self.weight.device))
+            self.register_buffer("activation_zero_point", torch.zeros((), device=self.weight.device))
+        if spec.gradient == "dsq":
+            self.log_sharpness = nn.Parameter(torch.zeros((), device=self.weight.device))
+        self.calibrate_weight()
+
+    def become_plain(self) -> None:
+        """Be the layer that it was before, with its weights in floating point."""
+        for name in STEPS:
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+        self.__class__ = self.plain  # type: ignore[assignment]
+
+    # The weight.
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight; 16 and 32 are floating point. Setting it finds the steps anew, and adds no parameter."""
+        return self._weight_bits
+
+    @weight_bits.setter
+    def weight_bits(self, bits: int) -> None:
+        self.check_weight_bits(bits)
+        if bits != self._weight_bits:
+            self._weight_bits, self._closed_form = bits, None
+            self.calibrate_weight()
+
+    def check_weight_bits(self, bits: int) -> None:
+        """Refuse a number of bits that this layer has no levels for.
+
+        Raises:
+            ValueError: If it is neither 1 to 8 nor 16 or 32, or if it is 1 and the scheme needs a level at 0.
+        """
+        check_bits("weight_bits", bits)
+        if bits == 1 and self.spec.scheme in ("lsq", "minmax"):
+            raise ValueError(f"One bit has no level at 0, which scheme={self.spec.scheme!r} needs: use scheme='seq'.")
+
+    @property
+    def closed_form(self) -> str | None:
+        """``"binary"`` or ``"ternary"`` where the levels follow from the weights."""
+        return self._closed_form
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """Steps of the weights, shape ``(channels, groups, 1)``, as they are trained; see :meth:`effective_scale`."""
+        return self.log_weight_scale.exp()
+
+    @property
+    def activation_scale(self) -> Tensor:
+        """Step of the input; a scalar."""
+        return self.log_activation_scale.exp()
+
+    @property
+    def weight_grid(self) -> Grid:
+        """The levels of the weights; 1 to 8 bits."""
+        if self._closed_form is not None:
+            return grid_of(1, "even") if self._closed_form == "binary" else grid_of(2, "narrow")
+        even = self.spec.scheme == "seq" or (self.spec.scheme in ("auto", "fixed") and self._weight_bits <= 2)
+        return grid_of(self._weight_bits, "even" if even else "narrow")
+
+    def calibrate_weight(self) -> None:
+        """Set the steps of the weights to those of the least squared error."""
+        with torch.no_grad():
+            if (scale := self._present_scale()) is None:
+                scale = mse_scale(self.rows(self.weight), self.weight_grid) if self.weight_bits <= 8 else None
+            if scale is not None:
+                self.log_weight_scale.copy_(scale.clamp_min(SMALLEST_SCALE).log())
+
+    def quantized_weight(self) -> Tensor:
+        """The weights rounded to their levels, in their shape and dtype; differentiable."""
+        rows = self._quantized_rows(self.rows(self.weight), self.weight_scale)
+        return rows.reshape(self.weight.shape)
+
+    def effective_scale(self) -> Tensor:
+        """The steps that :meth:`quantized_weight` uses now, shape ``(channels, groups, 1)``."""
+        with torch.no_grad():
+            scale = self._present_scale()
+            return (self.weight_scale if scale is None else scale).detach().clone()
+
+    def _present_scale(self) -> Tensor | None:
+        """The steps, where they follow from the weights."""
+        rows = self.rows(wide(self.weight))
+        if self._closed_form is not None:  # two levels at half a step are one step apart
+            return 2 * binary_quantize(rows)[1] if self._closed_form == "binary" else ternary_quantize(rows)[1]
+        if self.spec.scheme == "minmax" and self.weight_bits <= 8:
+            return minmax_scale(rows, self.weight_grid)
+        return None
+
+    def _quantized_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
+        bits = self._weight_bits
+        if bits > 8:
+            halves = rows if bits == 32 else rows + (rows.half().to(rows.dtype) - rows).detach()
+            return unused(halves, self._learned())
+        if self._closed_form is not None:
+            form = binary_quantize if self._closed_form == "binary" else ternary_quantize
+            return unused(form(rows)[0], self._learned())
+        grid = self.weight_grid
+        if self.spec.scheme == "minmax":
+            scale = minmax_scale(rows.detach(), grid)
+        if self.spec.gradient == "dsq":
+            return dsq_fake_quantize(rows, scale, 2.5 * self.log_sharpness.exp(), grid=grid)
+        per_step = self.weight.numel() / self.log_weight_scale.numel()
+        return fake_quantize(rows, scale, grid=grid, scale_gradient=1 / math.sqrt(per_step * max(grid.highest, 1)))
+
+    def _weight_in_force(self) -> Tensor:
+        if not self.enabled:
+            return self.weight
+        if self.alpha == 0:
+            return unused(self.weight, self._learned())
+        return blend(self.weight, self.quantized_weight(), self.alpha)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """``weight`` as ``(channels, groups, weights)``; each group has one step."""
+        if self.spec.granularity == "tensor":
+            return weight.reshape(1, 1, -1)
+        return weight.reshape(weight.shape[0], -1, self.spec.group_size or math.prod(weight.shape[1:]))
+
+    # The input.
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the range of the input is known, or not needed."""
+        return self.activation_bits is None or self._input_known
+
+    def quantized_input(self, values: Tensor) -> Tensor:
+        """``values`` rounded to the levels of the layer's input.
+
+        Raises:
+            RuntimeError: If their range is not known.
+        """
+        bits = self.activation_bits
+        if bits is None:
+            return values
+        if not self._input_known:
+            raise RuntimeError(
+                "A quantized layer reads values whose range is not known. Call `calibrate(model, batches)` before."
+            )
+        grid = grid_of(bits, "unsigned")
+        per_sample = values[0].numel() if values.ndim > 0 and len(values) > 0 else 1
+        return fake_quantize(
+            values,
+            self.activation_scale,
+            grid=grid,
+            zero_point=self.activation_zero_point,
+            scale_gradient=1 / math.sqrt(max(per_sample, 1) * grid.highest),
+        )
+
+    def _input_in_force(self, values: Tensor) -> Tensor:
+        if self._inputs is not None:
+            self._inputs.append(_sample(values))
+        if self.activation_bits is None or not self.enabled or self._inputs is not None:
+            return values
+        if self.alpha == 0:
+            return unused(values, [self.log_activation_scale] if self.spec.learns else [])
+        return blend(values, self.quantized_input(values), self.alpha)
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within this context the input is left alone and looked at; at its end its range is set."""
+        seen: list[Tensor] = []
+        self._inputs = seen
+        try:
+            yield
+        finally:
+            self._inputs = None
+        if self.activation_bits is not None and seen:
+            self._set_input_range(torch.cat(seen))
+
+    def _set_input_range(self, values: Tensor) -> None:
+        assert self.activation_bits is not None
+        if self.spec.scheme == "minmax":
+            scale, zero = affine_scale(float(values.min()), float(values.max()), self.activation_bits)
+        else:
+            scale, zero = mse_affine_scale(values, self.activation_bits)
+        with torch.no_grad():
+            self.log_activation_scale.copy_(scale.log())
+            self.activation_zero_point.copy_(zero)
+        self._input_known = True
+
+    # Both.
+
+    def get_extra_state(self) -> Tensor:
+        """Bits of weights and input, and whether the input's range is known."""
+        return torch.tensor([self._weight_bits, self.activation_bits or 0, int(self._input_known)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over bits from a checkpoint; the steps come with its tensors."""
+        bits, activations, known = (int(value) for value in state)
+        if bits != self._weight_bits:
+            self._weight_bits, self._closed_form = bits, None
+        self.activation_bits, self._input_known = activations or None, bool(known)
+
+    def extra_repr(self) -> str:
+        """The numbers of bits."""
+        form = self._closed_form or self._weight_bits
+        return f"{super().extra_repr()}, weights={form}, activations={self.activation_bits}"
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        if self.spec.learns:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def _learned(self) -> list[Tensor]:
+        """What is trained beside the weight, for formats that do not use it."""
+        return [p for name, p in self.named_parameters(recurse=False) if name in ("log_weight_scale", "log_sharpness")]
+
+
+def _closed_form(spec: QuantSpec) -> str | None:
+    return spec.weights if isinstance(spec.weights, str) else None
+
+
+def unused(values: Tensor, parameters: list[Any]) -> Tensor:
+    """``values``, with a graph to ``parameters`` that were not needed: DDP waits for every parameter's gradient."""
+    for parameter in parameters:
+        values = values + 0 * parameter.sum()
+    return values
+
+
+def _sample(values: Tensor) -> Tensor:
+    """Some of ``values``, among them the smallest and the largest."""
+    flat = values.detach().flatten()
+    stride = max(flat.numel() // _SAMPLED, 1) | 1  # odd: channels are often a power of two
+    return torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]]).float()
