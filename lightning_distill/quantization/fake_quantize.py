@@ -131,47 +131,39 @@ def blend(values: Tensor, quantized: Tensor, alpha: float) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        values: Tensor, scale: Tensor, zero: Tensor | float, lowest: int, highest: int, scale_gradient: float
+    def forward(  # with a `setup_context` of its own, every call would look at this signature again
+        ctx: Any, values: Tensor, scale: Tensor, zero: Tensor | float, lowest: int, highest: int, scale_gradient: float
     ) -> Tensor:
         scale = scale.clamp_min(SMALLEST_SCALE)
         codes = values / scale
         if isinstance(zero, Tensor) or zero != 0:
-            return codes.add_(zero).round_().clamp_(lowest, highest).sub_(zero).mul_(scale)
-        return codes.round_().clamp_(lowest, highest).mul_(scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        values, scale, ctx.zero, ctx.lowest, ctx.highest, ctx.scale_gradient = inputs
-        ctx.save_for_backward(values, scale)
+            quantized = codes.add_(zero).round_().clamp_(lowest, highest).sub_(zero).mul_(scale)
+        else:
+            quantized = codes.round_().clamp_(lowest, highest).mul_(scale)
+        ctx.save_for_backward(values, scale, quantized)
+        ctx.zero, ctx.lowest, ctx.highest, ctx.scale_gradient = zero, lowest, highest, scale_gradient
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        # passes over memory are what this costs, new memory above all: few of them, and two buffers
         (gradient,) = gradients
-        values, scale = ctx.saved_tensors
-        # passes over memory are what this costs: few new tensors, and a mask of floats, which multiplies fastest
-        steps, low, high = values / scale.clamp_min(SMALLEST_SCALE), ctx.lowest - ctx.zero, ctx.highest - ctx.zero
-        # to the outermost levels, in steps; twice as fast as `clamp` where they are tensors
-        clipped = steps.clamp_min(low).clamp_max_(high)
-        inside = torch.eq(clipped, steps, out=torch.empty_like(steps))
+        values, scale, quantized = ctx.saved_tensors
+        half = (ctx.highest - ctx.lowest) / 2
+        place = values / (scale * half)  # the outermost levels are at -1 and 1
+        middle = ((ctx.highest + ctx.lowest) / 2 - ctx.zero) / half
+        if isinstance(middle, Tensor) or middle != 0:
+            place.sub_(middle)
         to_scale = None
         if ctx.needs_input_grad[1]:
-            # clipped values are whole codes already: what is left of them is the outermost level
-            if isinstance(ctx.zero, Tensor) or ctx.zero != 0:
-                levels = clipped.add_(ctx.zero).round_().sub_(ctx.zero)
-            else:
-                levels = clipped.round_()
-            change = levels.addcmul_(steps, inside, value=-1)
-            to_scale = _sum_of_products(change, gradient, scale.shape) * ctx.scale_gradient
-        to_values = inside.mul_(gradient) if ctx.needs_input_grad[0] else None
+            inside = _inside(values, place, out=torch.empty_like(values))
+            change = torch.sub(quantized, inside, out=inside)
+            to_scale = change.mul_(gradient).sum_to_size(scale.shape) / scale * ctx.scale_gradient
+        to_values = _inside(gradient, place, out=place) if ctx.needs_input_grad[0] else None
         return to_values, to_scale, None, None, None, None
 
 
-def _sum_of_products(first: Tensor, second: Tensor, shape: torch.Size) -> Tensor:
-    """``(first * second).sum_to_size(shape)``, without the products in memory where one step is for a whole row."""
-    if shape.numel() == 1 and first.numel() < 2**31:  # more than BLAS counts
-        return torch.dot(first.reshape(-1), second.reshape(-1)).reshape(shape)
-    if shape == (*first.shape[:-1], 1):
-        sums: Tensor = torch.linalg.vecdot(first, second)
-        return sums.unsqueeze(-1)
-    return first.mul_(second).sum_to_size(shape)
+def _inside(numbers: Tensor, place: Tensor, *, out: Tensor) -> Tensor:
+    """``numbers`` where ``place`` is from -1 to 1, up to rounding, else 0; in one pass."""
+    chosen: Tensor = torch.ops.aten.hardtanh_backward.grad_input(numbers, place, -1 - 1e-6, 1 + 1e-6, grad_input=out)
+    return chosen
