@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.bit_search.allocate import weight_bits
-from lightning_distill.bit_search.rounding import check_bits, chosen_layers, weighted_squares
+from lightning_distill.bit_search.rounding import check_bits, chosen_layers, layer_sums, of_channels, weighted_squares
 from lightning_distill.quantization import QuantizedLayer, full_precision, quantized_layers
+from lightning_distill.quantization.quantized_layer import STEPS
+from lightning_distill.quantization.spec import Bits
+
+WEIGHT_STEPS = "log_weight_scale"
 
 
 class QuantizedWeights:
@@ -34,18 +38,18 @@ class QuantizedWeights:
         self.bits = tuple(sorted(set(bits)))
         self._network = network
         self._layers = chosen_layers(network, quantized_layers(network), layers, "quantized layer")
-        self._steps: dict[tuple[str, int], list[Tensor]] = {}
+        self._steps: dict[tuple[str, int], dict[str, Tensor]] = {}
         for name, layer in self._layers.items():
             if layer.closed_form is not None:
                 raise ValueError(
                     f"The layer {name!r} is {layer.closed_form} and has no bits to choose. Leave it out: "
                     f"`layers={[other for other in self._layers if other != name]}`."
                 )
-            state, own, now = layer.get_extra_state(), _copies(layer), layer.weight_bits
+            state, own, now = layer.get_extra_state(), _steps(layer), layer.bits
             try:
                 for choice in self.bits:
-                    layer.weight_bits = choice
-                    self._steps[name, choice] = own if choice == now else _copies(layer)
+                    layer.set_bits(choice)
+                    self._steps[name, choice] = own if choice == now else _steps(layer)
             finally:
                 layer.set_extra_state(state)
                 _put(layer, own)
@@ -67,13 +71,18 @@ class QuantizedWeights:
 
     def squared_errors(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[int, float]]:
         """Sum of squared errors of each layer at each number of bits, each element times ``weights``."""
-        found: dict[str, dict[int, float]] = {}
+        return layer_sums(self.channel_errors(weights), self.bits)
+
+    def channel_errors(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """As :meth:`squared_errors`, of each output channel: by layer, shape ``(channels, numbers of bits)``."""
+        found: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
             factor = None if weights is None else weights[name]
-            found[name] = {}
+            errors = []
             for choice in self.bits:
                 with torch.no_grad(), self.applied({name: choice}):
-                    found[name][choice] = weighted_squares(layer.quantized_weight(), layer.weight, factor)
+                    errors.append(weighted_squares(layer.quantized_weight(), layer.weight, factor))
+            found[name] = torch.stack(errors, dim=1)
         return found
 
     def original(self) -> AbstractContextManager[None]:
@@ -81,19 +90,17 @@ class QuantizedWeights:
         return full_precision(self._network)
 
     @contextmanager
-    def applied(self, plan: Mapping[str, int]) -> Iterator[None]:
+    def applied(self, plan: Mapping[str, Bits]) -> Iterator[None]:
         """Within this context the network has the bits of ``plan``, in full force; afterwards all is as it was."""
         layers = quantized_layers(self._network).values()
         shares = [layer.alpha for layer in layers]
-        own = {name: (layer.get_extra_state(), _copies(layer)) for name, layer in self._layers.items() if name in plan}
+        own = {name: (layer.get_extra_state(), _steps(layer)) for name, layer in self._layers.items() if name in plan}
         try:
             for layer in layers:
                 layer.alpha = 1.0
-            for name, choice in plan.items():
-                state = own[name][0].clone()
-                state[0] = choice
-                self._layers[name].set_extra_state(state)
-                _put(self._layers[name], self._steps[name, choice])
+            for name, bits in plan.items():
+                self._layers[name].set_extra_state(_state_with(own[name][0], bits))
+                _put(self._layers[name], self._steps_of(name, bits))
             yield
         finally:
             for name, (state, steps) in own.items():
@@ -102,21 +109,25 @@ class QuantizedWeights:
             for layer, share in zip(layers, shares, strict=True):
                 layer.alpha = share
 
-
-def _own_tensors(layer: QuantizedLayer) -> list[Tensor]:
-    """What a layer has beside weight and bias: its steps."""
-    named = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-    return [tensor for name, tensor in named if name not in ("weight", "bias")]
+    def _steps_of(self, name: str, bits: Bits) -> dict[str, Tensor]:
+        choices = {choice: self._steps[name, choice][WEIGHT_STEPS] for choice in self.bits}
+        return self._steps[name, self.bits[0]] | {WEIGHT_STEPS: of_channels(bits, choices)}
 
 
-def _copies(layer: QuantizedLayer) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in _own_tensors(layer)]
+def _state_with(state: Tensor, bits: Bits) -> Tensor:
+    """A layer's state with other bits of its weights."""
+    channels = () if isinstance(bits, int) else bits
+    return torch.tensor([max(channels, default=bits), *state[1:3].tolist(), *channels])
+
+
+def _steps(layer: QuantizedLayer) -> dict[str, Tensor]:
+    return {name: getattr(layer, name).detach().clone() for name in STEPS if hasattr(layer, name)}
 
 
 @torch.no_grad()
-def _put(layer: QuantizedLayer, values: list[Tensor]) -> None:
-    for tensor, value in zip(_own_tensors(layer), values, strict=True):
-        tensor.copy_(value)
+def _put(layer: QuantizedLayer, steps: dict[str, Tensor]) -> None:
+    for name, value in steps.items():
+        getattr(layer, name).copy_(value)
 
 
 __all__ = ["QuantizedWeights"]

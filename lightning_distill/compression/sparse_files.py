@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_distill.compression.blocks import Block, as_block, block_grid, element_mask
+from lightning_distill.quantization.fake_quantize import Grid
 from lightning_distill.quantization.network import quantized_layers
 from lightning_distill.quantization.packed import pack_bits, read_packed, unpack_bits, write_packed
 
@@ -187,9 +188,10 @@ def _codes(network: nn.Module) -> dict[str, _Layout]:
     """How the packed codes of quantized layers are read, by their names in a file of ``write_packed``."""
     found = {}
     for name, layer in quantized_layers(network).items():
-        if layer.weight_bits <= 8 and float(zero := layer.weight_grid.zero_point).is_integer():
+        grid = layer.weight_grid if layer.weight_bits <= 8 else None
+        if isinstance(grid, Grid) and grid.has_zero:  # channels with bits of their own are no matrix of codes
             shape = len(layer.weight), layer.weight[0].numel()
-            found[f"{name}.codes"] = _Layout(shape, layer.weight_bits, int(zero) - layer.weight_grid.lowest)
+            found[f"{name}.codes"] = _Layout(shape, layer.weight_bits, int(grid.zero_point) - grid.lowest)
     return found
 
 

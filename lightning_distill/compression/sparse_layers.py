@@ -156,7 +156,7 @@ def require_zero_level(layers: dict[str, Any]) -> None:
 
 
 def _has_zero(layer: QuantizedLayer) -> bool:
-    return layer.weight_bits > 8 or float(layer.weight_grid.zero_point).is_integer()
+    return layer.weight_bits > 8 or layer.weight_grid.has_zero
 
 
 def _matrix_shape(layer: Any) -> tuple[int, int]:

@@ -2,7 +2,15 @@
 
 from lightning_distill.quantization.alternation import MonotonicityReport, monotonicity_report
 from lightning_distill.quantization.closed_forms import binary_quantize, ternary_quantize
-from lightning_distill.quantization.fake_quantize import Grid, blend, codes_of, fake_quantize, grid_of
+from lightning_distill.quantization.fake_quantize import (
+    Grid,
+    RowGrid,
+    blend,
+    codes_of,
+    fake_quantize,
+    grid_of,
+    lsq_gradient_scale,
+)
 from lightning_distill.quantization.integers import IntegerWeight, integer_linear, integer_weight
 from lightning_distill.quantization.network import (
     calibrate,
@@ -46,6 +54,7 @@ __all__ = [
     "QuantSpec",
     "QuantizationError",
     "QuantizedLayer",
+    "RowGrid",
     "SizeReport",
     "SoftQuantized",
     "affine_scale",
@@ -61,6 +70,7 @@ __all__ = [
     "grid_of",
     "integer_linear",
     "integer_weight",
+    "lsq_gradient_scale",
     "lsq_initial_scale",
     "minmax_scale",
     "monotonicity_report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,33 @@ class Grid(NamedTuple):
     def largest(self) -> float:
         """The largest magnitude of a level, in steps."""
         return max(self.highest - self.zero_point, self.zero_point - self.lowest)
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a level."""
+        return float(self.zero_point).is_integer()
+
+
+class RowGrid(NamedTuple):
+    """Levels as of a :class:`Grid`, others in each row: tensors that broadcast against the values."""
+
+    lowest: Tensor
+    highest: Tensor
+    zero_point: Tensor
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest magnitude of a level in each row, in steps."""
+        return torch.maximum(self.highest - self.zero_point, self.zero_point - self.lowest)
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a level of each row."""
+        return bool((self.zero_point == self.zero_point.round()).all())
+
+    def of(self, rows: Tensor) -> RowGrid:
+        """The levels of some rows, by their numbers."""
+        return RowGrid(*(part[rows] for part in self))
 
 
 def grid_of(bits: int, levels: Literal["narrow", "full", "even", "unsigned"] = "narrow") -> Grid:
@@ -57,19 +85,21 @@ def grid_of(bits: int, levels: Literal["narrow", "full", "even", "unsigned"] = "
     }[levels]
 
 
-def codes_of(values: Tensor, scale: Tensor | float, grid: Grid, zero_point: Tensor | float | None = None) -> Tensor:
+def codes_of(
+    values: Tensor, scale: Tensor | float, grid: Grid | RowGrid, zero_point: Tensor | float | None = None
+) -> Tensor:
     """The code of the level that is nearest to each value, a whole number in ``values``' dtype; half rounds to even."""
     zero = grid.zero_point if zero_point is None else zero_point
-    return (values / scale + zero).round().clamp(grid.lowest, grid.highest)
+    return _clamp_((values / scale + zero).round_(), grid.lowest, grid.highest)
 
 
 def fake_quantize(
     values: Tensor,
     scale: Tensor | float,
     *,
-    grid: Grid,
+    grid: Grid | RowGrid,
     zero_point: Tensor | float | None = None,
-    scale_gradient: float = 1.0,
+    scale_gradient: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Each value's nearest level, with gradients to the values and to the step size.
 
@@ -83,9 +113,9 @@ def fake_quantize(
     Args:
         values: Any shape.
         scale: Step ``s``, positive; broadcastable to ``values``.
-        grid: The levels; see :func:`grid_of`.
+        grid: The levels; see :func:`grid_of`. Of a :class:`RowGrid` each row has its own.
         zero_point: ``z``, the code of 0, where it is not ``grid``'s; a number or a tensor like ``scale``. Not trained.
-        scale_gradient: Multiplies the gradient to ``scale``. LSQ uses ``1 / sqrt(numbers per step * highest)``.
+        scale_gradient: Multiplies the gradient to ``scale``; see :func:`lsq_gradient_scale`.
 
     Returns:
         Shape and dtype of ``values``; computed in float32 or wider.
@@ -102,6 +132,27 @@ def fake_quantize(
         wider, scale, zero, grid.lowest, grid.highest, scale_gradient
     )
     return quantized.to(values.dtype)
+
+
+def lsq_gradient_scale(numbers: float, grid: Grid | RowGrid) -> float | Tensor:
+    """``1 / sqrt(numbers * highest)``: with it steps learn about as fast as what they are the steps of.
+
+    Esser et al. (2020), section 2.2, https://arxiv.org/abs/1902.08153.
+
+    Args:
+        numbers: How many share a step, positive.
+        grid: The levels.
+
+    Returns:
+        A number, or of a :class:`RowGrid` one for each row.
+
+    Example:
+        >>> lsq_gradient_scale(25, grid_of(2))
+        0.2
+    """
+    if isinstance(grid, RowGrid):
+        return (numbers * grid.highest.clamp_min(1)).rsqrt()
+    return 1 / math.sqrt(numbers * max(grid.highest, 1))
 
 
 def blend(values: Tensor, quantized: Tensor, alpha: float) -> Tensor:
@@ -132,14 +183,20 @@ def blend(values: Tensor, quantized: Tensor, alpha: float) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(  # with a `setup_context` of its own, every call would look at this signature again
-        ctx: Any, values: Tensor, scale: Tensor, zero: Tensor | float, lowest: int, highest: int, scale_gradient: float
+        ctx: Any,
+        values: Tensor,
+        scale: Tensor,
+        zero: Tensor | float,
+        lowest: Tensor | int,
+        highest: Tensor | int,
+        scale_gradient: Tensor | float,
     ) -> Tensor:
         scale = scale.clamp_min(SMALLEST_SCALE)
         codes = values / scale
         if isinstance(zero, Tensor) or zero != 0:
-            quantized = codes.add_(zero).round_().clamp_(lowest, highest).sub_(zero).mul_(scale)
+            quantized = _clamp_(codes.add_(zero).round_(), lowest, highest).sub_(zero).mul_(scale)
         else:
-            quantized = codes.round_().clamp_(lowest, highest).mul_(scale)
+            quantized = _clamp_(codes.round_(), lowest, highest).mul_(scale)
         ctx.save_for_backward(values, scale, quantized)
         ctx.zero, ctx.lowest, ctx.highest, ctx.scale_gradient = zero, lowest, highest, scale_gradient
         return quantized
@@ -167,3 +224,10 @@ def _inside(numbers: Tensor, place: Tensor, *, out: Tensor) -> Tensor:
     """``numbers`` where ``place`` is from -1 to 1, up to rounding, else 0; in one pass."""
     chosen: Tensor = torch.ops.aten.hardtanh_backward.grad_input(numbers, place, -1 - 1e-6, 1 + 1e-6, grad_input=out)
     return chosen
+
+
+def _clamp_(codes: Tensor, lowest: Tensor | int, highest: Tensor | int) -> Tensor:
+    """``codes`` within their bounds, in place."""
+    if isinstance(lowest, Tensor) or isinstance(highest, Tensor):  # twice as fast as `clamp_` with tensors
+        return codes.clamp_min_(lowest).clamp_max_(highest)
+    return codes.clamp_(lowest, highest)

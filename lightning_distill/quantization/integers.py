@@ -18,19 +18,20 @@ class IntegerWeight(NamedTuple):
     Attributes:
         codes: Whole numbers, int16, shape ``(channels, groups, weights)``; in symmetric levels from ``-highest``.
         scale: Steps, float32, shape ``(channels, groups, 1)``.
-        zero_point: 0, or -0.5 where the levels lie half a step beside 0.
+        zero_point: 0, or -0.5 where the levels lie half a step beside 0; where channels differ, shape
+            ``(channels, 1, 1)``.
     """
 
     codes: Tensor
     scale: Tensor
-    zero_point: float
+    zero_point: float | Tensor
 
     def symmetric(self) -> IntegerWeight:
         """The same weight with the zero point 0: levels between whole steps become odd numbers of half steps."""
-        if self.zero_point == 0:
-            return self
-        codes = (2 * (self.codes.float() - self.zero_point)).round().short()
-        return IntegerWeight(codes, self.scale / 2, 0.0)
+        zero = torch.as_tensor(self.zero_point, device=self.codes.device)
+        factor = torch.where(zero == 0, 1, 2)
+        codes = (factor * (self.codes.float() - zero)).round().short()
+        return IntegerWeight(codes, self.scale / factor, 0.0)
 
 
 def integer_weight(layer: QuantizedLayer) -> IntegerWeight:

@@ -69,8 +69,8 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         if self.alpha == 0:
             return unused(vectors, self._learned())
         rows = vectors.reshape(-1, *self.rows(self.weight[:1]).shape[1:])
-        scale = self.weight_scale[input.reshape(-1)]
-        return blend(vectors, self._quantized_rows(rows, scale).reshape(vectors.shape), self.alpha)
+        scale = self.weight_scale[numbers := input.reshape(-1)]
+        return blend(vectors, self._quantized_rows(rows, scale, numbers).reshape(vectors.shape), self.alpha)
 
 
 QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {

@@ -13,11 +13,11 @@ from torch import nn
 from lightning_distill.adapters import has_adapter
 from lightning_distill.modes import inference, run_batch
 from lightning_distill.quantization.layers import QUANTIZED
-from lightning_distill.quantization.quantized_layer import QuantizedLayer
-from lightning_distill.quantization.spec import QuantSpec
+from lightning_distill.quantization.quantized_layer import QuantizedLayer, check_fit
+from lightning_distill.quantization.spec import Bits, QuantSpec
 
 Network = TypeVar("Network", bound=nn.Module)
-Overrides = Mapping[str, QuantSpec | int]
+Overrides = Mapping[str, QuantSpec | Bits | Sequence[int]]
 
 
 def prepare(
@@ -32,8 +32,8 @@ def prepare(
     Args:
         model: Any network. ``nn.MultiheadAttention`` is left alone: it does not call its layers.
         spec: For all layers without an override. Default: 8-bit weights.
-        overrides: Other specs, or numbers of bits of the weights, by name of a layer or pattern (``"blocks.*.mlp"``).
-            Later ones win. A number keeps the rest of ``spec``.
+        overrides: Other specs, or numbers of bits of the weights (one, or one for each output channel), by name of a
+            layer or pattern (``"blocks.*.mlp"``). Later ones win. Numbers keep the rest of ``spec``.
         skip: Names or patterns of layers that stay in floating point.
 
     Returns:
@@ -41,7 +41,8 @@ def prepare(
 
     Raises:
         ValueError: If a name or pattern fits no layer, there is nothing to quantize, the model is quantized already, a
-            weight is shared with another layer, or groups do not divide a layer.
+            weight is shared with another layer, groups do not divide a layer, or there are bits for other channels
+            than a layer has; nothing is changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -56,7 +57,8 @@ def prepare(
     specs = dict.fromkeys(candidates, spec)
     for pattern, override in (overrides or {}).items():
         for name in _matching(pattern, candidates, "overrides"):
-            specs[name] = override if isinstance(override, QuantSpec) else replace(spec, weights=override)
+            bits: Any = override
+            specs[name] = override if isinstance(override, QuantSpec) else replace(spec, weights=bits)
     for pattern in skip:
         for name in _matching(pattern, candidates, "skip"):
             specs.pop(name, None)
@@ -64,9 +66,11 @@ def prepare(
         raise ValueError(f"{type(model).__name__} has no layer to quantize: there are {list(candidates) or 'none'}.")
     _refuse_shared(model, specs)
     for name, own in specs.items():
+        check_fit(candidates[name], own, name)
+    for name, own in specs.items():
         module: Any = candidates[name]
         module.__class__ = QUANTIZED[type(module)]
-        module.become_quantized(own, name)
+        module.become_quantized(own)
     for block in model.modules():  # whose fused inference reads weights past their layers
         if isinstance(block, nn.TransformerEncoderLayer) and quantized_layers(block):
             block.activation_relu_or_gelu = 0
@@ -89,12 +93,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
-def set_bits(model: nn.Module, plan: Mapping[str, int]) -> None:
+def set_bits(model: nn.Module, plan: Mapping[str, Bits | Sequence[int]]) -> None:
     """Give the weights of some layers other numbers of bits. Their steps are found anew; no parameter comes or goes.
 
     Args:
         model: A network that :func:`prepare` has quantized.
-        plan: Bits, 1 to 8, 16 or 32, by name of a layer.
+        plan: Bits by name of a layer: 1 to 8, 16 or 32, or 1 to 8 for each output channel.
 
     Raises:
         ValueError: If a layer does not exist or a number of bits has no quantizer; nothing is changed then.
@@ -103,9 +107,9 @@ def set_bits(model: nn.Module, plan: Mapping[str, int]) -> None:
     if unknown := [name for name in plan if name not in layers]:
         raise ValueError(f"`plan` names {unknown}, which are no quantized layers; there are {list(layers)}.")
     for name, bits in plan.items():
-        layers[name].check_weight_bits(bits)
+        layers[name].checked_bits(bits, name)
     for name, bits in plan.items():
-        layers[name].weight_bits = bits
+        layers[name].set_bits(bits, name)
 
 
 def calibrate(

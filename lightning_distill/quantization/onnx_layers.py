@@ -233,8 +233,9 @@ def _pack(layer: Any, weight: IntegerWeight, bits: int, block: int, accuracy_lev
     layer.packed = {
         "K": inputs, "N": channels, "bits": bits, "block_size": block, "accuracy_level": accuracy_level
     }  # fmt: skip
-    if weight.zero_point != 0:
-        layer.register_buffer("shift", (-weight.zero_point * scale).T.contiguous())
+    shift = -weight.zero_point * weight.scale  # what a code of 0 stands for
+    if bool(shift.any()):
+        layer.register_buffer("shift", shift.reshape(channels, -1).T.contiguous())
 
 
 def _quantize_bias(layer: Any) -> None:

@@ -161,7 +161,7 @@ def _replaced(layers: Iterable[str]) -> set[str]:
 
 def _spec_in_force(layer: QuantizedLayer) -> QuantSpec:
     """The layer's spec with the bits that it has now."""
-    bits: Any = layer.closed_form or layer.weight_bits
+    bits: Any = layer.closed_form or layer.bits
     return replace(layer.spec, weights=bits)
 
 
@@ -171,8 +171,9 @@ def _packed(layer: QuantizedLayer) -> dict[str, Tensor]:
         return {"weight": weight.half() if layer.weight_bits == 16 else weight}
     follows = layer.closed_form is not None or layer.spec.scheme == "minmax"
     steps = layer.effective_scale().clamp_min(SMALLEST_SCALE).log() if follows else layer.log_weight_scale
-    codes = integer_weight(layer).codes - layer.weight_grid.lowest
-    return {"codes": pack_bits(codes, layer.weight_bits), "log_weight_scale": steps}
+    codes = (integer_weight(layer).codes - layer.weight_grid.lowest).reshape(len(layer.log_weight_scale), -1)
+    parts = [pack_bits(codes[rows].int(), bits) for bits, rows in layer.rows_of_bits()]
+    return {"codes": torch.cat(parts), "log_weight_scale": steps}
 
 
 def _fill(layer: QuantizedLayer, name: str, stored: dict[str, Tensor]) -> None:
@@ -187,10 +188,14 @@ def _fill(layer: QuantizedLayer, name: str, stored: dict[str, Tensor]) -> None:
             return
         packed, steps = found
         layer.log_weight_scale.copy_(_fitting(steps, layer.log_weight_scale.shape, name))
-        count = layer.weight.numel()
-        _fitting(packed, torch.Size([-(-count * layer.weight_bits // 8)]), name)
-        codes = unpack_bits(packed, layer.weight_bits, count).to(layer.weight.device).float()
-        levels = codes.reshape(layer.rows(layer.weight).shape) + layer.weight_grid.lowest - layer.weight_grid.zero_point
+        rows = layer.rows(layer.weight)
+        groups = [(bits, numbers, len(numbers) * rows[0].numel()) for bits, numbers in layer.rows_of_bits()]
+        sizes = [-(-count * bits // 8) for bits, _, count in groups]
+        _fitting(packed, torch.Size([sum(sizes)]), name)
+        codes = torch.empty_like(rows, dtype=torch.float32)
+        for (bits, numbers, count), part in zip(groups, packed.to(rows.device).split(sizes), strict=True):
+            codes[numbers] = unpack_bits(part, bits, count).float().reshape(-1, *rows.shape[1:])
+        levels = codes + layer.weight_grid.lowest - layer.weight_grid.zero_point
         layer.weight.copy_((levels * layer.weight_scale).reshape(layer.weight.shape))
 
 

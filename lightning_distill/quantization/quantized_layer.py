@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from lightning_distill.losses.soft_targets import wide
 from lightning_distill.quantization.closed_forms import binary_quantize, ternary_quantize
-from lightning_distill.quantization.fake_quantize import SMALLEST_SCALE, Grid, blend, fake_quantize, grid_of
+from lightning_distill.quantization.fake_quantize import (
+    SMALLEST_SCALE,
+    Grid,
+    RowGrid,
+    blend,
+    fake_quantize,
+    grid_of,
+    lsq_gradient_scale,
+)
 from lightning_distill.quantization.scales import affine_scale, minmax_scale, mse_affine_scale, mse_scale
-from lightning_distill.quantization.spec import QuantSpec, check_bits
+from lightning_distill.quantization.spec import Bits, QuantSpec
 from lightning_distill.quantization.surrogate import dsq_fake_quantize
 
 STEPS = ("log_weight_scale", "log_activation_scale", "activation_zero_point", "log_sharpness")
@@ -33,7 +41,8 @@ class QuantizedLayer(nn.Module):
     https://arxiv.org/abs/1903.08066).
 
     Attributes:
-        spec: How it is quantized. The numbers of bits count as they are in ``weight_bits`` and ``activation_bits``.
+        spec: How it is quantized. The numbers of bits count as they are in ``bits`` and ``activation_bits``.
+        bits: Of the weights: one number, or one for each output channel; 16 and 32 are floating point.
         alpha: How much of the quantization is in force, in [0, 1]; see :func:`~lightning_distill.quantization.blend`.
         enabled: Whether it quantizes; see :func:`~lightning_distill.quantization.full_precision`.
     """
@@ -43,8 +52,10 @@ class QuantizedLayer(nn.Module):
     log_activation_scale: Tensor
     activation_zero_point: Tensor
     log_sharpness: nn.Parameter
+    channel_grid: Tensor
 
     spec: QuantSpec
+    bits: Bits
     alpha: float
     enabled: bool
     activation_bits: int | None
@@ -53,22 +64,12 @@ class QuantizedLayer(nn.Module):
     reads_numbers: bool = True
     """Whether the input is quantizable, as indices are not."""
 
-    def become_quantized(self, spec: QuantSpec, name: str) -> None:
-        """Add what quantization needs; the class has just changed.
-
-        Raises:
-            ValueError: If the groups of ``spec`` do not divide a channel.
-        """
-        per_channel = self.weight[0].numel()
-        if spec.group_size is not None and per_channel % spec.group_size:
-            raise ValueError(
-                f"`granularity` is {spec.granularity!r}, but {name!r} has {per_channel} weights per channel, which "
-                f"groups of {spec.group_size} do not divide. Give it another one: "
-                f"`overrides={{{name!r}: QuantSpec(granularity='channel')}}`."
-            )
+    def become_quantized(self, spec: QuantSpec) -> None:
+        """Add what quantization needs; the class has just changed, and ``spec`` fits."""
         self.spec, self.alpha, self.enabled = spec, 1.0, True
         self.activation_bits = spec.activations if self.reads_numbers else None
-        self._weight_bits, self._closed_form = spec.weight_bits, _closed_form(spec)
+        self._take_bits(_of_channels(spec.bits, len(self.weight), ""))
+        self._closed_form = spec.weights if isinstance(spec.weights, str) else None
         self._input_known = False
         self._inputs: list[Tensor] | None = None  # what came by, while somebody looks
         self._hold("log_weight_scale", torch.zeros_like(self.rows(wide(self.weight.detach()))[..., :1]))
@@ -81,6 +82,8 @@ class QuantizedLayer(nn.Module):
 
     def become_plain(self) -> None:
         """Be the layer that it was before, with its weights in floating point."""
+        if "channel_grid" in self._buffers:
+            del self.channel_grid
         for name in STEPS:
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
@@ -90,25 +93,52 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight_bits(self) -> int:
-        """Bits of a weight; 16 and 32 are floating point. Setting it finds the steps anew, and adds no parameter."""
-        return self._weight_bits
+        """Bits of a weight; of the widest channel, where they differ."""
+        return self.bits if isinstance(self.bits, int) else max(self.bits)
 
-    @weight_bits.setter
-    def weight_bits(self, bits: int) -> None:
-        self.check_weight_bits(bits)
-        if bits != self._weight_bits:
-            self._weight_bits, self._closed_form = bits, None
-            self.calibrate_weight()
+    @property
+    def mean_weight_bits(self) -> float:
+        """Bits of a weight in the mean over channels."""
+        return float(self.bits) if isinstance(self.bits, int) else sum(self.bits) / len(self.bits)
 
-    def check_weight_bits(self, bits: int) -> None:
-        """Refuse a number of bits that this layer has no levels for.
+    def set_bits(self, bits: Bits | Sequence[int], name: str = "the layer") -> None:
+        """Give the weights other numbers of bits; their steps are found anew, and no parameter comes or goes.
 
         Raises:
-            ValueError: If it is neither 1 to 8 nor 16 or 32, or if it is 1 and the scheme needs a level at 0.
+            ValueError: As :meth:`checked_bits`.
         """
-        check_bits("weight_bits", bits)
-        if bits == 1 and self.spec.scheme in ("lsq", "minmax"):
-            raise ValueError(f"One bit has no level at 0, which scheme={self.spec.scheme!r} needs: use scheme='seq'.")
+        chosen = self.checked_bits(bits, name)
+        if chosen != self.bits:
+            self._take_bits(chosen)
+            self._closed_form = None
+            self.calibrate_weight()
+
+    def checked_bits(self, bits: Bits | Sequence[int], name: str = "the layer") -> Bits:
+        """``bits`` as this layer can have them; those of channels that are all the same are one number.
+
+        Raises:
+            ValueError: If it has no levels for them, or other channels.
+        """
+        return _of_channels(self.spec.checked_bits(bits, f"bits of {name}"), len(self.weight), name)
+
+    def rows_of_bits(self) -> list[tuple[int, Tensor]]:
+        """Each number of bits, rising, with the numbers of the rows of :meth:`rows` that have it."""
+        if isinstance(self.bits, int):
+            return [(self.bits, torch.arange(len(self.log_weight_scale), device=self.weight.device))]
+        own = torch.tensor(self.bits, device=self.weight.device)
+        return [(bits, (own == bits).nonzero().flatten()) for bits in sorted(set(self.bits))]
+
+    def _take_bits(self, bits: Bits) -> None:
+        self.bits = bits
+        if "channel_grid" in self._buffers:
+            del self.channel_grid
+        if isinstance(bits, tuple):
+            grids = torch.tensor([self._grid_of(own) for own in bits], device=self.weight.device)
+            self.register_buffer("channel_grid", grids.T.reshape(3, -1, 1, 1), persistent=False)
+
+    def _grid_of(self, bits: int) -> Grid:
+        even = self.spec.scheme == "seq" or (self.spec.scheme in ("auto", "fixed") and bits <= 2)
+        return grid_of(bits, "even" if even else "narrow")
 
     @property
     def closed_form(self) -> str | None:
@@ -126,12 +156,11 @@ class QuantizedLayer(nn.Module):
         return self.log_activation_scale.exp()
 
     @property
-    def weight_grid(self) -> Grid:
+    def weight_grid(self) -> Grid | RowGrid:
         """The levels of the weights; 1 to 8 bits."""
         if self._closed_form is not None:
             return grid_of(1, "even") if self._closed_form == "binary" else grid_of(2, "narrow")
-        even = self.spec.scheme == "seq" or (self.spec.scheme in ("auto", "fixed") and self._weight_bits <= 2)
-        return grid_of(self._weight_bits, "even" if even else "narrow")
+        return self._grid_of(self.bits) if isinstance(self.bits, int) else RowGrid(*self.channel_grid)
 
     def calibrate_weight(self) -> None:
         """Set the steps of the weights to those of the least squared error."""
@@ -161,8 +190,9 @@ class QuantizedLayer(nn.Module):
             return minmax_scale(rows, self.weight_grid)
         return None
 
-    def _quantized_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
-        bits = self._weight_bits
+    def _quantized_rows(self, rows: Tensor, scale: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """``rows``, all or those of these numbers, rounded to their levels."""
+        bits = self.weight_bits
         if bits > 8:
             halves = rows if bits == 32 else rows + (rows.half().to(rows.dtype) - rows).detach()
             return unused(halves, self._learned())
@@ -170,12 +200,14 @@ class QuantizedLayer(nn.Module):
             form = binary_quantize if self._closed_form == "binary" else ternary_quantize
             return unused(form(rows)[0], self._learned())
         grid = self.weight_grid
+        if isinstance(grid, RowGrid) and numbers is not None:
+            grid = grid.of(numbers)
         if self.spec.scheme == "minmax":
             scale = minmax_scale(rows.detach(), grid)
         if self.spec.gradient == "dsq":
             return dsq_fake_quantize(rows, scale, 2.5 * self.log_sharpness.exp(), grid=grid)
         per_step = self.weight.numel() / self.log_weight_scale.numel()
-        return fake_quantize(rows, scale, grid=grid, scale_gradient=1 / math.sqrt(per_step * max(grid.highest, 1)))
+        return fake_quantize(rows, scale, grid=grid, scale_gradient=lsq_gradient_scale(per_step, grid))
 
     def _weight_in_force(self) -> Tensor:
         if not self.enabled:
@@ -217,7 +249,7 @@ class QuantizedLayer(nn.Module):
             self.activation_scale,
             grid=grid,
             zero_point=self.activation_zero_point,
-            scale_gradient=1 / math.sqrt(max(per_sample, 1) * grid.highest),
+            scale_gradient=lsq_gradient_scale(max(per_sample, 1), grid),
         )
 
     def _input_in_force(self, values: Tensor) -> Tensor:
@@ -255,19 +287,21 @@ class QuantizedLayer(nn.Module):
     # Both.
 
     def get_extra_state(self) -> Tensor:
-        """Bits of weights and input, and whether the input's range is known."""
-        return torch.tensor([self._weight_bits, self.activation_bits or 0, int(self._input_known)])
+        """Bits of weights and input, whether the input's range is known, and bits of channels that differ."""
+        channels = self.bits if isinstance(self.bits, tuple) else ()
+        return torch.tensor([self.weight_bits, self.activation_bits or 0, int(self._input_known), *channels])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over bits from a checkpoint; the steps come with its tensors."""
-        bits, activations, known = (int(value) for value in state)
-        if bits != self._weight_bits:
-            self._weight_bits, self._closed_form = bits, None
+        bits, activations, known, *channels = state.tolist()
+        if (found := tuple(channels) or bits) != self.bits:
+            self._take_bits(found)
+            self._closed_form = None
         self.activation_bits, self._input_known = activations or None, bool(known)
 
     def extra_repr(self) -> str:
         """The numbers of bits."""
-        form = self._closed_form or self._weight_bits
+        form = self._closed_form or f"{self.mean_weight_bits:g}"
         return f"{super().extra_repr()}, weights={form}, activations={self.activation_bits}"
 
     def _hold(self, name: str, value: Tensor) -> None:
@@ -281,8 +315,28 @@ class QuantizedLayer(nn.Module):
         return [p for name, p in self.named_parameters(recurse=False) if name in ("log_weight_scale", "log_sharpness")]
 
 
-def _closed_form(spec: QuantSpec) -> str | None:
-    return spec.weights if isinstance(spec.weights, str) else None
+def check_fit(layer: nn.Module, spec: QuantSpec, name: str) -> None:
+    """Refuse a spec that a layer cannot have.
+
+    Raises:
+        ValueError: If its groups do not divide a channel, or it has bits for other channels.
+    """
+    weight: Any = layer.weight
+    per_channel = weight[0].numel()
+    if spec.group_size is not None and per_channel % spec.group_size:
+        raise ValueError(
+            f"`granularity` is {spec.granularity!r}, but {name!r} has {per_channel} weights per channel, which "
+            f"groups of {spec.group_size} do not divide. Give it another one: "
+            f"`overrides={{{name!r}: QuantSpec(granularity='channel')}}`."
+        )
+    _of_channels(spec.bits, len(weight), name)
+
+
+def _of_channels(bits: Bits, channels: int, name: str) -> Bits:
+    """``bits`` of so many channels; one number where they are all the same."""
+    if isinstance(bits, tuple) and len(bits) != channels:
+        raise ValueError(f"{name!r} has {channels} output channels, but there are bits for {len(bits)}.")
+    return bits[0] if isinstance(bits, tuple) and len(set(bits)) == 1 else bits
 
 
 def unused(values: Tensor, parameters: list[Any]) -> Tensor:

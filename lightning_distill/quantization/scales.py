@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_distill.losses.soft_targets import wide
-from lightning_distill.quantization.fake_quantize import SMALLEST_SCALE, Grid, codes_of, grid_of
+from lightning_distill.quantization.fake_quantize import SMALLEST_SCALE, Grid, RowGrid, codes_of, grid_of
 
 _FRACTIONS = 24
 
 
-def minmax_scale(values: Tensor, grid: Grid) -> Tensor:
+def minmax_scale(values: Tensor, grid: Grid | RowGrid) -> Tensor:
     """The step at which the largest magnitude along the last dimension is the outermost level; shape ``(..., 1)``.
 
     Example:
@@ -33,7 +33,7 @@ def lsq_initial_scale(values: Tensor, grid: Grid) -> Tensor:
 
 
 def alternate_scale_and_codes(
-    values: Tensor, scale: Tensor, grid: Grid, *, rounds: int = 4
+    values: Tensor, scale: Tensor, grid: Grid | RowGrid, *, rounds: int = 4
 ) -> tuple[Tensor, list[Tensor]]:
     r"""Lower the squared error of quantization by turns: the best codes for the step, the best step for the codes.
 
@@ -68,7 +68,7 @@ def alternate_scale_and_codes(
     return scale, errors
 
 
-def mse_scale(values: Tensor, grid: Grid) -> Tensor:
+def mse_scale(values: Tensor, grid: Grid | RowGrid) -> Tensor:
     """The step with (nearly) the least squared error: clipping the largest values pays where levels are few.
 
     24 clips between none and nearly all are tried for each row, and the best one is polished by

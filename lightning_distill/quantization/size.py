@@ -19,14 +19,14 @@ class LayerSize:
     Attributes:
         name: Of the layer.
         shape: Of its weight.
-        bits: Of one weight.
+        bits: Of one weight; in the mean, where channels differ.
         activation_bits: Of its input; ``None`` where it stays in floating point.
-        bytes: Of weights, packed, and their steps.
+        bytes: Of weights, packed, their steps, and where channels differ a byte for each channel's bits.
     """
 
     name: str
     shape: tuple[int, ...]
-    bits: int
+    bits: float
     activation_bits: int | None
     bytes: int
 
@@ -57,7 +57,7 @@ class SizeReport:
         rows = []
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
-            rows.append(f"{layer.name:{width}}  {shape:>12}  {layer.bits:>2} bits  {layer.bytes:>10,} bytes")
+            rows.append(f"{layer.name:{width}}  {shape:>12}  {f'{layer.bits:.3g}':>4} bits  {layer.bytes:>10,} bytes")
         total = (
             f"{self.average_bits:.2f} bits per weight, {self.bytes:,} bytes, {self.ratio:.3f} of float32 "
             f"({self.float32_bytes:,})"
@@ -74,7 +74,7 @@ def size_report(model: nn.Module) -> SizeReport:
     Example:
         >>> from lightning_distill.quantization import QuantSpec, prepare
         >>> print(size_report(prepare(nn.Sequential(nn.Linear(64, 8)), QuantSpec(4))))
-        0          8x64   4 bits         288 bytes
+        0          8x64     4 bits         288 bytes
         4.00 bits per weight, 320 bytes, 0.154 of float32 (2,080)
     """
     layers = quantized_layers(model)
@@ -82,19 +82,23 @@ def size_report(model: nn.Module) -> SizeReport:
         raise ValueError("`model` has no quantized layer; call `prepare(model, spec)` first.")
     rows = []
     for name, layer in layers.items():
-        scales = layer.log_weight_scale.numel() * _SCALE_BYTES if layer.weight_bits <= 8 else 0
-        size = -(-layer.weight.numel() * layer.weight_bits // 8) + scales
-        rows.append(LayerSize(name, tuple(layer.weight.shape), layer.weight_bits, layer.activation_bits, size))
+        per_row = layer.weight.numel() // len(layer.log_weight_scale)
+        size = sum(-(-len(rows) * per_row * bits // 8) for bits, rows in layer.rows_of_bits())
+        if layer.weight_bits <= 8:
+            size += layer.log_weight_scale.numel() * _SCALE_BYTES
+        if not isinstance(layer.bits, int):
+            size += len(layer.bits)
+        rows.append(LayerSize(name, tuple(layer.weight.shape), layer.mean_weight_bits, layer.activation_bits, size))
     ours = {id(layer.weight) for layer in layers.values()}
     helpers = {
         id(tensor)
         for layer in layers.values()
         for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-        if name in STEPS
+        if name in (*STEPS, "channel_grid")
     }
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in ours | helpers]
     weights = sum(layer.weight.numel() for layer in layers.values())
-    bits = sum(layer.weight.numel() * layer.weight_bits for layer in layers.values())
+    bits = sum(layer.weight.numel() * layer.mean_weight_bits for layer in layers.values())
     inputs = sum(_SCALE_BYTES + 1 for layer in layers.values() if layer.activation_bits is not None)
     return SizeReport(
         layers=tuple(rows),

@@ -10,6 +10,8 @@ Gradient = Literal["ste", "dsq"]
 LEFT_ALONE = (16, 32)
 """Numbers of bits that are kept in floating point."""
 ALL_BITS = (*range(1, 9), *LEFT_ALONE)
+Bits = int | tuple[int, ...]
+"""Of a layer's weights: one number, or one for each output channel."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class QuantSpec:
 
     Attributes:
         weights: Bits of a weight, 1 to 8; ``"binary"`` and ``"ternary"`` for levels that follow from the weights
-            (XNOR-Net, TWN); 16 rounds to half precision, 32 leaves weights alone.
+            (XNOR-Net, TWN); 16 rounds to half precision, 32 leaves weights alone. Or 1 to 8 bits for each output
+            channel of a layer, ``(8, 4, 4, 2)``.
         activations: Bits of what a layer reads, 2 to 8, with one range per layer; ``None`` leaves it alone.
         granularity: Which weights share a step: ``"channel"`` (an output channel), ``"tensor"`` (all), or
             ``"group:32"`` (32 neighbours along a channel's inputs).
@@ -37,15 +40,13 @@ class QuantSpec:
         'channel'
     """
 
-    weights: int | Literal["binary", "ternary"] = 8
+    weights: Bits | Literal["binary", "ternary"] = 8
     activations: int | None = None
     granularity: str = "channel"
     scheme: Scheme = "auto"
     gradient: Gradient = "ste"
 
     def __post_init__(self) -> None:
-        if self.weights not in ("binary", "ternary"):
-            check_bits("weights", self.weights)
         if self.activations is not None and not (_is_whole(self.activations) and 2 <= self.activations <= 8):
             raise ValueError(
                 f"`activations` must be 2 to 8 bits, or None to leave them alone, got {self.activations!r}."
@@ -54,17 +55,38 @@ class QuantSpec:
             raise ValueError(f"`scheme` must be 'auto', 'lsq', 'seq', 'fixed' or 'minmax', got {self.scheme!r}.")
         if self.gradient not in ("ste", "dsq"):
             raise ValueError(f"`gradient` must be 'ste' or 'dsq', got {self.gradient!r}.")
-        if self.weights == 1 and self.scheme in ("lsq", "minmax"):
+        self.group_size  # noqa: B018  # checks the granularity
+        if self.weights not in ("binary", "ternary"):
+            object.__setattr__(self, "weights", self.checked_bits(self.weights, "weights"))  # a file has lists
+
+    def checked_bits(self, bits: object, name: str) -> Bits:
+        """``bits`` as weights of this spec may have them, a sequence as a tuple.
+
+        Raises:
+            ValueError: If they are neither 1 to 8, 16 or 32, nor 1 to 8 for each channel; if they are 1 and the scheme
+                needs a level at 0; or if channels have their own and no steps of their own.
+        """
+        several = isinstance(bits, (list, tuple))
+        found = tuple(bits) if isinstance(bits, (list, tuple)) else (bits,)
+        if not found or not all(_is_whole(own) and own in (range(1, 9) if several else ALL_BITS) for own in found):
+            expected = "must give each channel 1 to 8 bits" if several else "must be 1 to 8 bits, or 16 or 32 to keep "
+            raise ValueError(f"`{name}` {expected}{'' if several else 'floating point'}, got {bits!r}.")
+        if 1 in found and self.scheme in ("lsq", "minmax"):
             raise ValueError(
                 f"One bit has no level at 0, which scheme={self.scheme!r} needs: use scheme='seq' or 'fixed', or "
                 "weights='binary'."
             )
-        self.group_size  # noqa: B018  # checks the granularity
+        if several and self.granularity == "tensor":
+            raise ValueError(
+                f"`{name}` gives each channel bits of its own, {bits!r}, but with granularity='tensor' all share one "
+                "step: use granularity='channel'."
+            )
+        return found if several else found[0]
 
     @property
-    def weight_bits(self) -> int:
+    def bits(self) -> Bits:
         """Bits that a weight takes in memory."""
-        return {"binary": 1, "ternary": 2}.get(self.weights, self.weights)  # type: ignore[arg-type]
+        return {"binary": 1, "ternary": 2}[self.weights] if isinstance(self.weights, str) else self.weights
 
     @property
     def group_size(self) -> int | None:
@@ -83,16 +105,6 @@ class QuantSpec:
     def learns(self) -> bool:
         """Whether step sizes are trained."""
         return self.scheme in ("auto", "lsq", "seq")
-
-
-def check_bits(name: str, bits: object) -> None:
-    """Refuse a number of bits that no quantizer here has.
-
-    Raises:
-        ValueError: If it is neither 1 to 8 nor 16 or 32.
-    """
-    if not (_is_whole(bits) and bits in ALL_BITS):
-        raise ValueError(f"`{name}` must be 1 to 8 bits, or 16 or 32 to keep floating point, got {bits!r}.")
 
 
 def _is_whole(value: object) -> bool:

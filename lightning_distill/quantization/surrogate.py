@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.losses.soft_targets import wide
-from lightning_distill.quantization.fake_quantize import Grid, fake_quantize
+from lightning_distill.quantization.fake_quantize import Grid, RowGrid, fake_quantize
 
 
 def soft_staircase(
@@ -42,7 +42,7 @@ def soft_staircase(
     return lower + scale * (whole + (phi + 1) / 2)
 
 
-def dsq_fake_quantize(values: Tensor, scale: Tensor, sharpness: Tensor, *, grid: Grid) -> Tensor:
+def dsq_fake_quantize(values: Tensor, scale: Tensor, sharpness: Tensor, *, grid: Grid | RowGrid) -> Tensor:
     """:func:`~lightning_distill.quantization.fake_quantize` forward, the gradients of :func:`soft_staircase` backward.
 
     Args:

@@ -70,7 +70,7 @@ def _check(layer: QuantizedLayer, name: str) -> None:
             f"torchao has no kernel for {name!r}, a {type(layer).__name__}: leave it out, `skip=[{name!r}]`, or write "
             "the network by `export_onnx` or `write_packed`."
         )
-    if bits == 8 and layer.weight_grid.zero_point != 0:
+    if bits <= 8 and int(integer_weight(layer).symmetric().codes.abs().max()) > 127:
         raise ValueError(
             f"The layer {name!r} has 8 bits with levels half a step beside 0, which int8 does not hold. Use "
             "scheme='lsq', or fewer bits."

@@ -71,7 +71,7 @@ def test_a_search_gives_a_plan_within_the_budget_of_the_size_report():
     set_bits(network, found.plan)
     assert size_report(network).average_bits == pytest.approx(found.effective_bits)
     assert found.effective_bits <= 4.0
-    with pytest.raises(ValueError, match="`weight_bits` must be 1 to 8 bits"):
+    with pytest.raises(ValueError, match="must be 1 to 8 bits"):
         search_bits(network, batches, effective_bits=8, bits=(4, 12))
     with pytest.raises(ValueError, match="names 'head', which is no quantized layer of MLP"):
         search_bits(network, batches, effective_bits=4, layers=["head"])

@@ -142,7 +142,7 @@ def test_plans_change_bits_but_no_parameter():
     assert {name: (p, p.shape) for name, p in model.named_parameters()} == parameters
     for plan, message in {
         "nowhere": r"`plan` names \['nowhere'\], which are no quantized layers; there are \['table'",
-        "head": "`weight_bits` must be 1 to 8 bits, or 16 or 32 to keep floating point, got 9",
+        "head": "`bits of head` must be 1 to 8 bits, or 16 or 32 to keep floating point, got 9",
     }.items():
         with pytest.raises(ValueError, match=message):
             set_bits(model, {"table": 3, plan: 9})

@@ -249,7 +249,7 @@ def test_an_adapted_student_keeps_its_base_packed_and_its_adapter_as_it_is(spec,
         names = set(file.keys())
         assert {name for name in names if "lora_" in name} == set(adapter)
         codes = [file.get_tensor(name) for name in names if name.endswith(".codes")]
-        assert sum(part.numel() for part in codes) == (16 * 32 + 32 * 4) * spec.weight_bits // 8
+        assert sum(part.numel() for part in codes) == (16 * 32 + 32 * 4) * spec.bits // 8
 
 
 def test_an_adapter_does_not_go_into_a_network_without_one(tmp_path):
