@@ -8,7 +8,7 @@ from lightning_distill.bit_search.allocate import (
     plan_sum,
     weight_bits,
 )
-from lightning_distill.bit_search.channels import channel_bits, channel_importance
+from lightning_distill.bit_search.channels import allocate_channels, channel_bits, channel_importance, channel_shares
 from lightning_distill.bit_search.pareto import (
     crowding_distance,
     epsilon_constraint,
@@ -21,7 +21,7 @@ from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.result import BitSearchResult
 from lightning_distill.bit_search.rounding import RoundedWeights, effective_bits, round_weight
 from lightning_distill.bit_search.search import search_bits
-from lightning_distill.bit_search.sensitivity import PlanLoss, divergence, fisher_errors
+from lightning_distill.bit_search.sensitivity import PlanLoss, divergence, fisher_errors, fisher_information
 from lightning_distill.bit_search.trials import (
     Trial,
     Trials,
@@ -44,15 +44,18 @@ __all__ = [
     "Trials",
     "accuracy_size_reward",
     "allocate_bits",
+    "allocate_channels",
     "budgets_between",
     "channel_bits",
     "channel_importance",
+    "channel_shares",
     "crowding_distance",
     "divergence",
     "effective_bits",
     "epsilon_constraint",
     "evolve",
     "fisher_errors",
+    "fisher_information",
     "greedy",
     "hypervolume",
     "layer_errors",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_distill.bit_search.allocate import Table
 
 
 def channel_importance(gradient: Tensor, activation: Tensor | None = None, *, channel_dim: int = 1) -> Tensor:
@@ -80,4 +83,112 @@ def channel_bits(importance: Tensor, shares: Sequence[float], bits: Sequence[int
     return found
 
 
-__all__ = ["channel_bits", "channel_importance"]
+def allocate_channels(
+    errors: Mapping[str, Tensor], sizes: Mapping[str, int], bits: Sequence[int], budget: float
+) -> dict[str, tuple[int, ...]]:
+    r"""Choose the bits of each channel of each layer such that the errors' sum is small and storage within ``budget``.
+
+    There is a price of a bit :math:`\lambda` at which each channel alone takes the bits of least
+    :math:`E_c(b) + \lambda n_c b`, and the least price within the budget is found by bisection (Everett 1963). What the
+    budget still holds goes to the channels that gain most by it. Unlike
+    :func:`~lightning_distill.bit_search.allocate_bits` that is not exact, but no plan is better by more than the gain
+    of a single channel, and a million channels take seconds.
+
+    Args:
+        errors: By layer, shape ``(channels, numbers of bits)``: what each channel costs in quality. Finite.
+        sizes: Elements of each layer's weight.
+        bits: The choices, rising.
+        budget: Largest storage in bits.
+
+    Returns:
+        Bits of each channel by layer.
+
+    Raises:
+        ValueError: If shapes or names do not match, a number is not finite, or the fewest bits are over the budget.
+
+    Example:
+        >>> allocate_channels({"a": torch.tensor([[9.0, 0.0], [1.0, 0.0]])}, {"a": 20}, (2, 8), budget=100)
+        {'a': (8, 2)}
+    """
+    if list(bits) != sorted(set(bits)) or not bits:
+        raise ValueError(f"`bits` must rise, got {list(bits)}.")
+    if errors.keys() != sizes.keys() or not errors:
+        raise ValueError(f"`errors` and `sizes` must have the same layers, got {list(errors)} and {list(sizes)}.")
+    for layer, own in errors.items():
+        if own.ndim != 2 or own.shape[1] != len(bits) or not bool(own.isfinite().all()):
+            raise ValueError(
+                f"`errors` of {layer!r} must be finite, of shape (channels, {len(bits)}), got {tuple(own.shape)}."
+            )
+    error = torch.cat([own.double().cpu() for own in errors.values()]).numpy()
+    each = np.concatenate([np.full(len(own), sizes[layer] / len(own)) for layer, own in errors.items()])
+    cost = each[:, None] * np.array(bits, dtype=float)
+    if not budget >= (least := float(cost[:, 0].sum())):
+        raise ValueError(
+            f"`budget` is {budget:g}, but the cheapest plan costs {least:g}. Raise it, or allow fewer bits."
+        )
+    chosen = _fill(error, cost, _at_price(error, cost, budget), budget)
+    found = np.array(bits)[chosen].tolist()
+    ends = np.cumsum([len(own) for own in errors.values()])
+    return {layer: tuple(found[end - len(own) : end]) for (layer, own), end in zip(errors.items(), ends, strict=True)}
+
+
+def channel_shares(errors: Mapping[str, Tensor], layers: Table, bits: Sequence[int]) -> dict[str, Tensor]:
+    """Errors of whole layers, divided among their channels as ``errors`` has it.
+
+    Args:
+        errors: An estimate for each channel: by layer, shape ``(channels, numbers of bits)``, not negative.
+        layers: What was measured for the layer as a whole.
+        bits: The numbers of bits.
+
+    Returns:
+        By layer, of the shape of ``errors``, float64, with the sums of ``layers``.
+
+    Example:
+        >>> channel_shares({"a": torch.tensor([[3.0], [1.0]])}, {"a": {2: 0.8}}, (2,))["a"].tolist()
+        [[0.6000000000000001], [0.2]]
+    """
+    found = {}
+    for layer, own in errors.items():
+        measured = torch.tensor([layers[layer][choice] for choice in bits], dtype=torch.float64)
+        estimated = own.double().cpu()
+        found[layer] = estimated * measured / estimated.sum(dim=0).clamp_min(1e-300)
+    return found
+
+
+def _at_price(error: np.ndarray, cost: np.ndarray, budget: float) -> np.ndarray:
+    """The choice of each row at the least price at which all are within the budget, up to rounding."""
+
+    def at(price: float) -> np.ndarray:
+        chosen: np.ndarray = np.argmin(error + price * cost, axis=1)
+        return chosen
+
+    def within(chosen: np.ndarray) -> bool:
+        return float(np.take_along_axis(cost, chosen[:, None], 1).sum()) <= budget * (1 + 1e-12)
+
+    if within(free := at(0.0)):
+        return free
+    high = 2 * float(np.ptp(error)) / float(np.diff(cost, axis=1).min())  # nobody pays for bits at this price
+    low = high * 1e-18
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if within(at(middle)) else (middle, high)
+    return at(high)
+
+
+def _fill(error: np.ndarray, cost: np.ndarray, chosen: np.ndarray, budget: float) -> np.ndarray:
+    """Spend what the budget still holds, each time where it gains most per bit."""
+    rows = np.arange(len(error))
+    chosen, left = chosen.copy(), budget * (1 + 1e-12) - cost[rows, chosen].sum()
+    while True:
+        gain = error[rows, chosen][:, None] - error
+        price = cost - cost[rows, chosen][:, None]
+        useful = (gain > 0) & (price > 0) & (price <= left)
+        if not useful.any():
+            return chosen
+        ratio = np.where(useful, gain / np.where(useful, price, 1.0), -np.inf)
+        row, choice = np.unravel_index(int(ratio.argmax()), ratio.shape)
+        left -= price[row, choice]
+        chosen[row] = choice
+
+
+__all__ = ["allocate_channels", "channel_bits", "channel_importance", "channel_shares"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_distill.bit_search.rounding import mean_bits
+
 if TYPE_CHECKING:
     from lightning_distill.bit_search.result import BitSearchResult
 
@@ -41,14 +43,14 @@ def plot_search(result: BitSearchResult, path: str | Path) -> None:
     )
     left.grid(alpha=0.3)
     left.legend(fontsize="small")
-    bars = right.barh(range(len(layers)), [result.plan[layer] for layer in layers], color=BLUE)
-    right.bar_label(bars, padding=2, fontsize="small")
+    bars = right.barh(range(len(layers)), [mean_bits(result.plan[layer]) for layer in layers], color=BLUE)
+    right.bar_label(bars, fmt="%.3g", padding=2, fontsize="small")
     names = layers if len(layers) == len(result.plan) else [*layers[:-1], f"{layers[-1]} …"]
     right.set_yticks(
         range(len(layers)), [name if len(name) <= 28 else "…" + name[-27:] for name in names], fontsize="small"
     )
     right.invert_yaxis()
-    right.set(xlabel="bits", title=f"{result.effective_bits:.2f} bits per weight, {result.bytes:,} bytes")
+    right.set(xlabel="bits of a weight", title=f"{result.effective_bits:.2f} bits per weight, {result.bytes:,} bytes")
     right.spines[["top", "right"]].set_visible(False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

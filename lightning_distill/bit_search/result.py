@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_distill.bit_search.allocate import Plan
 from lightning_distill.bit_search.budgets import Unit
 from lightning_distill.bit_search.pareto import pareto_front
-from lightning_distill.bit_search.rounding import effective_bits
+from lightning_distill.bit_search.rounding import effective_bits, mean_bits
 from lightning_distill.bit_search.trials import Trial
+from lightning_distill.quantization.spec import Bits
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,18 @@ class BitSearchResult:
     """What a search found.
 
     Attributes:
-        plan: Bits by layer.
+        plan: Bits by layer; one number, or one for each output channel.
         loss: Divergence of the network with this plan from itself.
         budget: What was allowed: bits per weight in the mean, or seconds or joules of the whole network.
         sizes: Elements of each layer's weight.
         errors: What each layer alone does at each number of bits.
-        trials: All plans that were tried, the chosen one among them; their costs are those of the searched layers.
+        trials: All plans with one number of bits per layer that were tried; their costs are those of the searched
+            layers.
         unit: Of costs: ``"bits"`` of storage, or ``"seconds"`` or ``"joules"`` for a batch, as a cost model says.
         rest: Cost of what was not searched.
     """
 
-    plan: Plan
+    plan: dict[str, Bits]
     loss: float
     budget: float
     sizes: dict[str, int]
@@ -47,11 +49,13 @@ class BitSearchResult:
     @property
     def bytes(self) -> int:
         """Storage of the planned weights, without steps, rounded up."""
-        return -(-sum(self.sizes[layer] * bits for layer, bits in self.plan.items()) // 8)
+        return math.ceil(self.effective_bits * sum(self.sizes.values()) / 8 - 1e-6)
 
     @property
     def cost(self) -> float:
         """Of the plan, to be compared with ``budget``."""
+        if self.unit == "bits":
+            return self.effective_bits
         return self.in_all(next(trial.cost for trial in self.trials if trial.plan == self.plan))
 
     def in_all(self, cost: float) -> float:
@@ -70,7 +74,7 @@ class BitSearchResult:
         lines = [f"{'layer':<{width}}  {'weights':>9}  bits  " + "  ".join(f"{f'at {b} bits':>11}" for b in choices)]
         for layer, bits in self.plan.items():
             row = "  ".join(f"{self.errors[layer].get(b, float('nan')):>11.3g}" for b in choices)
-            lines.append(f"{layer:<{width}}  {self.sizes[layer]:>9}  {bits:>4}  {row}")
+            lines.append(f"{layer:<{width}}  {self.sizes[layer]:>9}  {mean_bits(bits):>4.3g}  {row}{_spread(bits)}")
         spent = f"{self.effective_bits:.3f} bits per weight"
         if self.unit == "bits":
             spent += f" (budget {self.budget:g})"
@@ -87,7 +91,8 @@ class BitSearchResult:
     def from_dict(cls, state: Mapping[str, Any]) -> BitSearchResult:
         """Put :meth:`as_dict` together again, also after a way through JSON."""
         errors = {layer: {int(bits): value for bits, value in row.items()} for layer, row in state["errors"].items()}
-        return cls(**{**state, "errors": errors, "trials": [Trial(**trial) for trial in state["trials"]]})
+        plan = {layer: tuple(bits) if isinstance(bits, list) else bits for layer, bits in state["plan"].items()}
+        return cls(**{**state, "plan": plan, "errors": errors, "trials": [Trial(**trial) for trial in state["trials"]]})
 
     def write(self, folder: str | Path) -> None:
         """Write ``bits.json`` and ``bits.png`` into ``folder``."""
@@ -103,6 +108,13 @@ class BitSearchResult:
         from lightning_distill.bit_search.plot import plot_search
 
         plot_search(self, path)
+
+
+def _spread(bits: Bits) -> str:
+    """How many channels have how many bits, where they differ."""
+    if isinstance(bits, int):
+        return ""
+    return "  channels: " + ", ".join(f"{bits.count(choice)} at {choice}" for choice in sorted(set(bits)))
 
 
 __all__ = ["BitSearchResult"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.bit_search.allocate import weight_bits
+from lightning_distill.quantization.spec import Bits
 
 ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 BITS = range(2, 17)
@@ -114,11 +115,18 @@ class RoundedWeights:
         Args:
             weights: By layer, of the shape of its weight; by default 1.
         """
+        return layer_sums(self.channel_errors(weights), self.bits)
+
+    def channel_errors(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """As :meth:`squared_errors`, of each output channel: by layer, shape ``(channels, numbers of bits)``."""
         return {
-            name: {
-                choice: weighted_squares(self._rounded[name, choice], own, None if weights is None else weights[name])
-                for choice in self.bits
-            }
+            name: torch.stack(
+                [
+                    weighted_squares(self._rounded[name, choice], own, None if weights is None else weights[name])
+                    for choice in self.bits
+                ],
+                dim=1,
+            )
             for name, own in self._parameters.items()
         }
 
@@ -127,12 +135,14 @@ class RoundedWeights:
         return nullcontext()
 
     @contextmanager
-    def applied(self, plan: Mapping[str, int]) -> Iterator[None]:
+    def applied(self, plan: Mapping[str, Bits]) -> Iterator[None]:
         """Within this context the network has the rounded weights of ``plan``; afterwards its own, bit for bit."""
         own = {name: parameter.data for name, parameter in self._parameters.items()}
         try:
             for name, choice in plan.items():
-                self._parameters[name].data = self._rounded[name, choice]
+                self._parameters[name].data = of_channels(
+                    choice, {bits: self._rounded[name, bits] for bits in self.bits}
+                )
             yield
         finally:
             for name, parameter in self._parameters.items():
@@ -172,20 +182,41 @@ def chosen_layers(
     return chosen
 
 
-def weighted_squares(rounded: Tensor, own: Tensor, weights: Tensor | None) -> float:
-    """Sum of the squared differences, each times its weight."""
+def weighted_squares(rounded: Tensor, own: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of the squared differences of each channel, each times its weight; shape ``(channels,)``."""
     squares = (rounded.detach().float() - own.detach().float()).square()
-    return float((squares if weights is None else squares * weights).sum())
+    return (squares if weights is None else squares * weights).flatten(1).sum(dim=1)
 
 
-def effective_bits(plan: Mapping[str, int], sizes: Mapping[str, int]) -> float:
+def layer_sums(errors: Mapping[str, Tensor], bits: Sequence[int]) -> dict[str, dict[int, float]]:
+    """The sums over channels of what is of shape ``(channels, numbers of bits)``."""
+    return {name: dict(zip(bits, found.double().sum(dim=0).tolist(), strict=True)) for name, found in errors.items()}
+
+
+def of_channels(bits: Bits, choices: Mapping[int, Tensor]) -> Tensor:
+    """Of tensors for numbers of bits, channels first, the one of ``bits``, or the channels that each has there."""
+    if isinstance(bits, int):
+        return choices[bits]
+    own = torch.tensor(bits, device=choices[bits[0]].device)
+    found = torch.empty_like(choices[bits[0]])
+    for choice in set(bits):
+        found[own == choice] = choices[choice][own == choice]
+    return found
+
+
+def mean_bits(bits: Bits) -> float:
+    """Of a layer; its channels are equally large."""
+    return float(bits) if isinstance(bits, int) else sum(bits) / len(bits)
+
+
+def effective_bits(plan: Mapping[str, Bits], sizes: Mapping[str, int]) -> float:
     """Mean number of bits per weight.
 
     Example:
-        >>> effective_bits({"a": 2, "b": 8}, {"a": 300, "b": 100})
-        3.5
+        >>> effective_bits({"a": 2, "b": (8, 4)}, {"a": 300, "b": 100})
+        3.0
     """
-    return sum(sizes[layer] * bits for layer, bits in plan.items()) / sum(sizes[layer] for layer in plan)
+    return sum(sizes[layer] * mean_bits(bits) for layer, bits in plan.items()) / sum(sizes[layer] for layer in plan)
 
 
 __all__ = [
@@ -195,6 +226,9 @@ __all__ = [
     "check_bits",
     "chosen_layers",
     "effective_bits",
+    "layer_sums",
+    "mean_bits",
+    "of_channels",
     "round_weight",
     "weighted_squares",
 ]

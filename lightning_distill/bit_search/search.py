@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_distill.bit_search.allocate import Table, allocate_bits
+from lightning_distill.bit_search.allocate import Plan, Table, allocate_bits
 from lightning_distill.bit_search.budgets import FLOAT, Budget
+from lightning_distill.bit_search.channels import allocate_channels, channel_shares
 from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.result import BitSearchResult
 from lightning_distill.bit_search.rounding import RoundedWeights, check_bits
-from lightning_distill.bit_search.sensitivity import PlanLoss, fisher_errors
+from lightning_distill.bit_search.sensitivity import PlanLoss, fisher_errors, fisher_information
 from lightning_distill.bit_search.trials import (
     Trials,
     budgets_between,
@@ -25,10 +27,12 @@ from lightning_distill.bit_search.trials import (
 )
 from lightning_distill.hardware import CostModel
 from lightning_distill.quantization import quantized_layers
+from lightning_distill.quantization.spec import Bits
 from lightning_distill.tasks import Classification, Task
 
 Sensitivity = Literal["kl", "fisher", "weights"]
 Refinement = Literal["none", "neighbours", "greedy", "nsga2"]
+Granularity = Literal["layer", "channel"]
 
 
 def search_bits(
@@ -44,6 +48,7 @@ def search_bits(
     layers: Sequence[str] | None = None,
     sensitivity: Sensitivity = "kl",
     refinement: Refinement = "neighbours",
+    granularity: Granularity = "layer",
     points: int = 14,
     evaluations: int = 100,
     seed: int = 0,
@@ -76,6 +81,9 @@ def search_bits(
         refinement: ``"neighbours"``: see :func:`~lightning_distill.bit_search.refine`; ``"greedy"``: bits are taken
             away one layer at a time, which tries about ``L ** 2 / 2`` plans per number of bits and gives the best
             fronts; ``"nsga2"``: an evolution from the plans found so far, for fronts (needs Optuna); ``"none"``.
+        granularity: ``"channel"`` divides what was found for the layers among their output channels, as their errors
+            times the Fisher information of their weights have it, and keeps that where the outputs change less. For
+            budgets in bits or bytes, and 1 to 8 bits.
         points: Budgets for the front, at least 2; 0 for none.
         evaluations: Plans that ``"nsga2"`` tries.
         seed: Of ``"fisher"`` and ``"nsga2"``.
@@ -86,11 +94,13 @@ def search_bits(
             such layer, or another argument is outside its range.
     """
     budget = Budget(effective_bits, max_bytes, max_latency, max_energy, cost_model)
-    check_search(budget, bits, sensitivity, refinement, points)
+    check_search(budget, bits, sensitivity, refinement, points, granularity)
     task = Classification() if task is None else task
     batches = list(batches)
     kind = QuantizedWeights if quantized_layers(network) else RoundedWeights
     rounded = kind(network, bits, layers)
+    if granularity == "channel":
+        _require_steps_of_channels(network, rounded.sizes)
     loss = PlanLoss(network, rounded, batches, task)
     costs = budget.costs(network, batches[0], rounded.sizes, rounded.bits, task.run)
     limit = budget.limit(costs)
@@ -109,10 +119,17 @@ def search_bits(
     trials(allocate_bits(errors, trials.costs, limit))
     _REFINEMENTS[refinement](trials, limit, evaluations, seed)
     best = trials.best(limit)
+    plan: dict[str, Bits] = {**best.plan}
+    least = best.loss
+    if granularity == "channel":
+        shares = channel_shares(_channel_errors(network, rounded, batches, task, seed), errors, rounded.bits)
+        for candidate in _channel_plans(shares, rounded, best.plan, limit):
+            if (found := loss(candidate)) < least:
+                plan, least = {**candidate}, found
     weights = sum(rounded.sizes.values())
     return BitSearchResult(
-        plan=best.plan,
-        loss=best.loss,
+        plan=plan,
+        loss=least,
         budget=limit / weights if budget.unit == "bits" else budget.value,
         sizes=rounded.sizes,
         errors={layer: dict(row) for layer, row in errors.items()},
@@ -120,6 +137,41 @@ def search_bits(
         unit=budget.unit,
         rest=costs.rest,
     )
+
+
+def _require_steps_of_channels(network: nn.Module, names: Iterable[str]) -> None:
+    layers = quantized_layers(network)
+    if shared := [name for name in names if name in layers and layers[name].spec.granularity == "tensor"]:
+        raise ValueError(
+            f"The channels of the layers {shared} share one step and cannot have bits of their own: prepare them with "
+            "granularity='channel', or search with granularity='layer'."
+        )
+
+
+def _channel_errors(
+    network: nn.Module, rounded: RoundedWeights | QuantizedWeights, batches: Sequence[Any], task: Task, seed: int
+) -> dict[str, Tensor]:
+    """Squared errors of channels, times what the outputs make of them where the task tells.
+
+    Rows of tables have their errors alone: samples do not have every token, and would find the others useless.
+    """
+    if not task.imitable:
+        return rounded.channel_errors()
+    found = fisher_information(network, rounded, batches, task, seed=seed)
+    tables = [name for name in found if isinstance(network.get_submodule(name), nn.Embedding)]
+    return rounded.channel_errors(found | {name: torch.ones_like(found[name]) for name in tables})
+
+
+def _channel_plans(
+    shares: dict[str, Tensor], rounded: RoundedWeights | QuantizedWeights, plan: Plan, limit: float
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Channels of all layers within one budget, and those of each layer within what it has in ``plan``."""
+    yield allocate_channels(shares, rounded.sizes, rounded.bits, limit)
+    within: dict[str, tuple[int, ...]] = {}
+    for layer, own in shares.items():
+        size = {layer: rounded.sizes[layer]}
+        within |= allocate_channels({layer: own}, size, rounded.bits, float(size[layer] * plan[layer]))
+    yield within
 
 
 def _neighbours(trials: Trials, budget: float, evaluations: int, seed: int) -> None:
@@ -142,7 +194,9 @@ _REFINEMENTS: dict[str, Callable[[Trials, float, int, int], Any]] = {
 }
 
 
-def check_search(budget: Budget, bits: Sequence[int], sensitivity: str, refinement: str, points: int) -> None:
+def check_search(
+    budget: Budget, bits: Sequence[int], sensitivity: str, refinement: str, points: int, granularity: str
+) -> None:
     """Refuse settings that no network could be searched with; see :func:`search_bits`."""
     check_bits(bits)
     if budget.name == "effective_bits" and not min(bits) <= budget.value <= FLOAT:
@@ -154,8 +208,15 @@ def check_search(budget: Budget, bits: Sequence[int], sensitivity: str, refineme
         raise ValueError(f"`sensitivity` must be 'kl', 'fisher' or 'weights', got {sensitivity!r}.")
     if refinement not in _REFINEMENTS:
         raise ValueError(f"`refinement` must be one of {list(_REFINEMENTS)}, got {refinement!r}.")
+    if granularity not in ("layer", "channel"):
+        raise ValueError(f"`granularity` must be 'layer' or 'channel', got {granularity!r}.")
+    if granularity == "channel" and (budget.unit != "bits" or max(bits) > 8):
+        raise ValueError(
+            "With granularity='channel' the budget is `effective_bits` or `max_bytes`, and `bits` are 1 to 8, got "
+            f"`{budget.name}` and {list(bits)}: kernels compute a layer with the bits of its widest channel."
+        )
     if points != 0 and not points >= 2:
         raise ValueError(f"`points` must be 0 or at least 2, got {points}.")
 
 
-__all__ = ["Refinement", "Sensitivity", "check_search", "search_bits"]
+__all__ = ["Granularity", "Refinement", "Sensitivity", "check_search", "search_bits"]

@@ -12,6 +12,7 @@ from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.rounding import RoundedWeights
 from lightning_distill.modes import inference
 from lightning_distill.outputs import Outputs
+from lightning_distill.quantization.spec import Bits
 from lightning_distill.tasks import Task
 
 
@@ -42,7 +43,7 @@ class PlanLoss:
         with inference(network), rounded.original():
             self._own = [self._said(batch) for batch in self._batches]
 
-    def __call__(self, plan: Mapping[str, int]) -> float:
+    def __call__(self, plan: Mapping[str, Bits]) -> float:
         """Divergence of the network with the weights of ``plan``."""
         total, items = 0.0, 0
         with inference(self.network), self.rounded.applied(plan):
@@ -85,20 +86,39 @@ def fisher_errors(
 ) -> dict[str, dict[int, float]]:
     r"""Second-order estimate of :class:`PlanLoss` for each layer alone: :math:`\frac12 \sum_i F_{ii} \, \Delta w_i^2`.
 
-    :math:`F` is the Fisher information of single samples, with labels drawn from the network's own prediction; the
-    diagonal only (compare HAWQ, Dong et al. 2019, which uses the Hessian). One backward pass per sample, and no
-    forward pass per choice of bits.
+    No forward pass per choice of bits is needed; see :func:`fisher_information`, also for the arguments and errors.
+
+    Returns:
+        By layer and number of bits, in nats.
+    """
+    found = fisher_information(network, rounded, batches, task, samples=samples, seed=seed)
+    return rounded.squared_errors({name: information / 2 for name, information in found.items()})
+
+
+def fisher_information(
+    network: nn.Module,
+    rounded: RoundedWeights | QuantizedWeights,
+    batches: Iterable[Any],
+    task: Task,
+    *,
+    samples: int = 64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    r"""The diagonal of the Fisher information of each layer's weights: mean squared gradients of single samples.
+
+    Labels are drawn from the network's own prediction, whose second derivatives the information then stands for
+    (compare HAWQ, Dong et al. 2019, which uses the Hessian). One backward pass per sample.
 
     Args:
         network: The network.
-        rounded: Its rounded weights.
+        rounded: Its rounded weights; the network is looked at without rounding.
         batches: Batches of samples; only the first ``samples`` are used.
         task: How a batch is read; a classifier's or a language model's.
         samples: How many samples (tokens) have a gradient, positive.
         seed: Of the drawn labels.
 
     Returns:
-        By layer and number of bits, in nats.
+        By layer, in the shape of its weight, float32.
 
     Raises:
         ValueError: If the task has no probabilities, ``samples`` is not positive, or there are no batches.
@@ -135,7 +155,7 @@ def fisher_errors(
                 parameter.requires_grad_(flags[name])
     if seen == 0:
         raise ValueError("`batches` is empty: there is nothing to take gradients of.")
-    return rounded.squared_errors({name: square / (2 * seen) for name, square in squares.items()})
+    return {name: square / seen for name, square in squares.items()}
 
 
 def counted(outputs: Outputs, batch: Any, task: Task) -> Tensor:
@@ -145,4 +165,4 @@ def counted(outputs: Outputs, batch: Any, task: Task) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
 
 
-__all__ = ["PlanLoss", "counted", "divergence", "fisher_errors"]
+__all__ = ["PlanLoss", "counted", "divergence", "fisher_errors", "fisher_information"]

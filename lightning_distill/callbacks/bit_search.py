@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_distill.bit_search import BitSearchResult, search_bits
 from lightning_distill.bit_search.budgets import Budget
-from lightning_distill.bit_search.search import Refinement, Sensitivity, check_search
+from lightning_distill.bit_search.search import Granularity, Refinement, Sensitivity, check_search
 from lightning_distill.hardware import CostModel
 from lightning_distill.modules import DistillationModule
 from lightning_distill.quantization import quantized_layers, set_bits
+from lightning_distill.quantization.spec import Bits
 
 
 class BitSearch(L.Callback):
@@ -42,6 +43,7 @@ class BitSearch(L.Callback):
             embedding layers.
         sensitivity: ``"kl"``, ``"fisher"`` or ``"weights"``.
         refinement: ``"neighbours"``, ``"greedy"``, ``"nsga2"`` or ``"none"``.
+        granularity: ``"layer"``, or ``"channel"`` for bits of each output channel.
         points: Budgets for the front, at least 2; 0 for none.
         evaluations: Plans that ``"nsga2"`` tries.
         start_step: After how many optimizer steps; 0 is before the first.
@@ -74,17 +76,18 @@ class BitSearch(L.Callback):
         cost_model: CostModel | str | None = None,
         sensitivity: Sensitivity = "kl",
         refinement: Refinement = "neighbours",
+        granularity: Granularity = "layer",
         points: int = 14,
         evaluations: int = 100,
         start_step: int = 0,
         samples: int = 256,
         data: Iterable[Any] | None = None,
         seed: int = 0,
-        apply: Callable[[nn.Module, dict[str, int]], Any] | None = None,
+        apply: Callable[[nn.Module, dict[str, Bits]], Any] | None = None,
         folder: str | None = None,
     ) -> None:
         budget = Budget(effective_bits, max_bytes, max_latency, max_energy, cost_model)
-        check_search(budget, bits, sensitivity, refinement, points)
+        check_search(budget, bits, sensitivity, refinement, points, granularity)
         for name, value, least in (
             ("start_step", start_step, 0),
             ("samples", samples, 1),
@@ -102,6 +105,7 @@ class BitSearch(L.Callback):
             "layers": layers,
             "sensitivity": sensitivity,
             "refinement": refinement,
+            "granularity": granularity,
             "points": points,
             "evaluations": evaluations,
             "seed": seed,
