@@ -77,11 +77,12 @@ class QuantizedWeights:
         """As :meth:`squared_errors`, of each output channel: by layer, shape ``(channels, numbers of bits)``."""
         found: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
-            factor = None if weights is None else weights[name]
+            factor = None if weights is None else layer.channels_first(weights[name])
             errors = []
             for choice in self.bits:
                 with torch.no_grad(), self.applied({name: choice}):
-                    errors.append(weighted_squares(layer.quantized_weight(), layer.weight, factor))
+                    rounded, own = (layer.channels_first(w) for w in (layer.quantized_weight(), layer.weight))
+                    errors.append(weighted_squares(rounded, own, factor))
             found[name] = torch.stack(errors, dim=1)
         return found
 

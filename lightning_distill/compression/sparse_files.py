@@ -17,6 +17,7 @@ from lightning_distill.compression.blocks import Block, as_block, block_grid, el
 from lightning_distill.quantization.fake_quantize import Grid
 from lightning_distill.quantization.network import quantized_layers
 from lightning_distill.quantization.packed import pack_bits, read_packed, unpack_bits, write_packed
+from lightning_distill.quantization.quantized_layer import output_channels
 
 VERSION = "1"
 _PLAN = "lightning_distill_block_sparsity"
@@ -190,7 +191,7 @@ def _codes(network: nn.Module) -> dict[str, _Layout]:
     for name, layer in quantized_layers(network).items():
         grid = layer.weight_grid if layer.weight_bits <= 8 else None
         if isinstance(grid, Grid) and grid.has_zero:  # channels with bits of their own are no matrix of codes
-            shape = len(layer.weight), layer.weight[0].numel()
+            shape = (channels := output_channels(layer)), layer.weight.numel() // channels
             found[f"{name}.codes"] = _Layout(shape, layer.weight_bits, int(grid.zero_point) - grid.lowest)
     return found
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_distill.quantization.fake_quantize import codes_of, grid_of
 from lightning_distill.quantization.layers import QuantizedLinear
-from lightning_distill.quantization.quantized_layer import QuantizedLayer
+from lightning_distill.quantization.quantized_layer import QuantizedLayer, output_channels
 
 
 class IntegerWeight(NamedTuple):
@@ -49,13 +49,14 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
     """
     if layer.weight_bits > 8:
         raise ValueError(f"A weight of {layer.weight_bits} bits is kept in floating point and has no codes.")
-    scale, channels = layer.effective_scale(), layer.weight.shape[0]
+    scale, channels = layer.effective_scale(), output_channels(layer)
+    groups = scale.shape[1]
+    scale = scale.expand(channels, groups, 1)  # one step for all: every channel gets it
     with torch.no_grad():
-        levels = layer.quantized_weight().detach().float().reshape(*scale.shape[:2], -1) / scale
+        weight = layer.channels_first(layer.quantized_weight().detach().float())
+        levels = weight.reshape(channels, groups, -1) / scale
     zero = layer.weight_grid.zero_point
     codes = (levels + zero).round().short()
-    if len(scale) != channels:  # one step for all: every channel gets it
-        codes, scale = codes.reshape(channels, 1, -1), scale.expand(channels, 1, 1)
     return IntegerWeight(codes, scale.float().contiguous(), zero)
 
 

@@ -25,9 +25,9 @@ def prepare(
 ) -> Network:
     """Let the layers of ``model`` compute with quantized weights, in place.
 
-    These are ``Linear``, ``Conv1d`` … ``Conv3d`` and ``Embedding``. Weights keep their names and stay in floating point
-    underneath, so that they can be trained; steps of the weights are set at once, ranges of inputs by
-    :func:`calibrate`. Of a model with a PEFT adapter the base is quantized, the adapter not.
+    These are ``Linear``, ``Conv1d`` … ``Conv3d``, ``ConvTranspose1d`` … ``3d`` and ``Embedding``. Weights keep their
+    names and stay in floating point underneath, so that they can be trained; steps of the weights are set at once,
+    ranges of inputs by :func:`calibrate`. Of a model with a PEFT adapter the base is quantized, the adapter not.
 
     Args:
         model: Any network. ``nn.MultiheadAttention`` is left alone: it does not call its layers.

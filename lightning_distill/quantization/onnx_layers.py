@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_distill.quantization.fake_quantize import grid_of
 from lightning_distill.quantization.integers import IntegerWeight, integer_weight
+from lightning_distill.quantization.layers import transposed_convolution, transposed_from_rows
 from lightning_distill.quantization.quantized_layer import STEPS, QuantizedLayer
 
 OPSET = 21
@@ -30,6 +31,7 @@ class OnnxLayer(nn.Module):
     highest_code: int
     packed: dict[str, int] | None
     weight_shape: tuple[int, ...]
+    rows_shape: tuple[int, ...]
     shift: Tensor
 
     def dequantized_input(self, values: Tensor) -> Tensor:
@@ -111,6 +113,30 @@ class OnnxConv3d(OnnxLayer, nn.Conv3d):
         return output
 
 
+class OnnxConvTranspose(OnnxLayer):
+    """A transposed convolution; its codes are kept with the output channels first."""
+
+    groups: int
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As ``nn.ConvTranspose1d`` to ``3d``."""
+        rows = self.dequantized_weight(self.rows_shape, 0)
+        weight = transposed_from_rows(rows, self.weight_shape, self.groups)
+        return transposed_convolution(self, self.dequantized_input(input), weight, output_size)
+
+
+class OnnxConvTranspose1d(OnnxConvTranspose, nn.ConvTranspose1d):
+    """A transposed convolution."""
+
+
+class OnnxConvTranspose2d(OnnxConvTranspose, nn.ConvTranspose2d):
+    """A transposed convolution."""
+
+
+class OnnxConvTranspose3d(OnnxConvTranspose, nn.ConvTranspose3d):
+    """A transposed convolution."""
+
+
 class OnnxEmbedding(OnnxLayer, nn.Embedding):
     """A table of whole numbers; only the rows that are read become floating point."""
 
@@ -126,6 +152,9 @@ _BECOMES: dict[type[nn.Module], type[OnnxLayer]] = {
     nn.Conv1d: OnnxConv1d,
     nn.Conv2d: OnnxConv2d,
     nn.Conv3d: OnnxConv3d,
+    nn.ConvTranspose1d: OnnxConvTranspose1d,
+    nn.ConvTranspose2d: OnnxConvTranspose2d,
+    nn.ConvTranspose3d: OnnxConvTranspose3d,
     nn.Embedding: OnnxEmbedding,
 }
 
@@ -145,6 +174,7 @@ def to_onnx_layer(layer: QuantizedLayer, name: str, *, accuracy_level: int) -> N
     exported.weight_shape = tuple(layer.weight.shape)
     if activations is not None:
         scale, zero = layer.activation_scale.detach().float(), layer.activation_zero_point.detach()
+    exported.rows_shape = tuple(layer.channels_first(layer.weight).shape)
     _drop(exported, (*STEPS, "weight"))
     exported.__class__, exported.packed = ours, None
     if activations is not None:
@@ -163,9 +193,9 @@ def to_onnx_layer(layer: QuantizedLayer, name: str, *, accuracy_level: int) -> N
     codes, steps = whole.codes.to(torch.int8), whole.scale.squeeze(-1)
     if activations is not None:  # integer kernels are only found where it is written out
         exported.register_buffer("weight_zero_point", torch.zeros(steps.squeeze(-1).shape, dtype=torch.int8))
-    if isinstance(exported, OnnxEmbedding) or steps.shape[1] > 1:
+    if isinstance(exported, (OnnxEmbedding, OnnxConvTranspose)) or steps.shape[1] > 1:
         exported.register_buffer("weight_codes", codes.flatten(1))
-        exported.register_buffer("weight_scale", steps)
+        exported.register_buffer("weight_scale", steps if steps.shape[1] > 1 else steps.flatten())
     elif isinstance(exported, OnnxLinear):
         exported.register_buffer("weight_codes", codes.flatten(1).T.contiguous())
         exported.register_buffer("weight_scale", steps.flatten())

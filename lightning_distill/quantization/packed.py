@@ -196,7 +196,7 @@ def _fill(layer: QuantizedLayer, name: str, stored: dict[str, Tensor]) -> None:
         for (bits, numbers, count), part in zip(groups, packed.to(rows.device).split(sizes), strict=True):
             codes[numbers] = unpack_bits(part, bits, count).float().reshape(-1, *rows.shape[1:])
         levels = codes + layer.weight_grid.lowest - layer.weight_grid.zero_point
-        layer.weight.copy_((levels * layer.weight_scale).reshape(layer.weight.shape))
+        layer.weight.copy_(layer.from_rows(levels * layer.weight_scale))
 
 
 def _fitting(tensor: Tensor, shape: torch.Size, name: str) -> Tensor:

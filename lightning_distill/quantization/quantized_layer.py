@@ -68,7 +68,7 @@ class QuantizedLayer(nn.Module):
         """Add what quantization needs; the class has just changed, and ``spec`` fits."""
         self.spec, self.alpha, self.enabled = spec, 1.0, True
         self.activation_bits = spec.activations if self.reads_numbers else None
-        self._take_bits(_of_channels(spec.bits, len(self.weight), ""))
+        self._take_bits(_of_channels(spec.bits, output_channels(self), ""))
         self._closed_form = spec.weights if isinstance(spec.weights, str) else None
         self._input_known = False
         self._inputs: list[Tensor] | None = None  # what came by, while somebody looks
@@ -119,7 +119,7 @@ class QuantizedLayer(nn.Module):
         Raises:
             ValueError: If it has no levels for them, or other channels.
         """
-        return _of_channels(self.spec.checked_bits(bits, f"bits of {name}"), len(self.weight), name)
+        return _of_channels(self.spec.checked_bits(bits, f"bits of {name}"), output_channels(self), name)
 
     def rows_of_bits(self) -> list[tuple[int, Tensor]]:
         """Each number of bits, rising, with the numbers of the rows of :meth:`rows` that have it."""
@@ -172,8 +172,7 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weights rounded to their levels, in their shape and dtype; differentiable."""
-        rows = self._quantized_rows(self.rows(self.weight), self.weight_scale)
-        return rows.reshape(self.weight.shape)
+        return self.from_rows(self._quantized_rows(self.rows(self.weight), self.weight_scale))
 
     def effective_scale(self) -> Tensor:
         """The steps that :meth:`quantized_weight` uses now, shape ``(channels, groups, 1)``."""
@@ -218,9 +217,18 @@ class QuantizedLayer(nn.Module):
 
     def rows(self, weight: Tensor) -> Tensor:
         """``weight`` as ``(channels, groups, weights)``; each group has one step."""
+        first = self.channels_first(weight)
         if self.spec.granularity == "tensor":
-            return weight.reshape(1, 1, -1)
-        return weight.reshape(weight.shape[0], -1, self.spec.group_size or math.prod(weight.shape[1:]))
+            return first.reshape(1, 1, -1)
+        return first.reshape(len(first), -1, self.spec.group_size or math.prod(first.shape[1:]))
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """What :meth:`rows` has made of a weight, in the layer's own shape again."""
+        return rows.reshape(self.weight.shape)
+
+    def channels_first(self, weight: Tensor) -> Tensor:
+        """``weight`` with its output channels as the first dimension."""
+        return weight
 
     # The input.
 
@@ -315,6 +323,12 @@ class QuantizedLayer(nn.Module):
         return [p for name, p in self.named_parameters(recurse=False) if name in ("log_weight_scale", "log_sharpness")]
 
 
+def output_channels(layer: nn.Module) -> int:
+    """How many output channels a linear layer or a convolution has, or rows a table."""
+    names = ("out_features", "out_channels", "num_embeddings")
+    return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))
+
+
 def check_fit(layer: nn.Module, spec: QuantSpec, name: str) -> None:
     """Refuse a spec that a layer cannot have.
 
@@ -322,14 +336,15 @@ def check_fit(layer: nn.Module, spec: QuantSpec, name: str) -> None:
         ValueError: If its groups do not divide a channel, or it has bits for other channels.
     """
     weight: Any = layer.weight
-    per_channel = weight[0].numel()
+    channels = output_channels(layer)
+    per_channel = weight.numel() // channels
     if spec.group_size is not None and per_channel % spec.group_size:
         raise ValueError(
             f"`granularity` is {spec.granularity!r}, but {name!r} has {per_channel} weights per channel, which "
             f"groups of {spec.group_size} do not divide. Give it another one: "
             f"`overrides={{{name!r}: QuantSpec(granularity='channel')}}`."
         )
-    _of_channels(spec.bits, len(weight), name)
+    _of_channels(spec.bits, channels, name)
 
 
 def _of_channels(bits: Bits, channels: int, name: str) -> Bits:
