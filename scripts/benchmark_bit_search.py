@@ -33,6 +33,7 @@ from lightning_distill.bit_search import (
     hypervolume,
     layer_errors,
     pareto_front,
+    squared_errors,
     try_allocations,
 )
 from lightning_distill.datamodules import DigitsDataModule
@@ -97,7 +98,7 @@ def compare(seed: int) -> dict[str, object]:
     report("uniform bits", trials)
     budgets = budgets_between(rounded.costs, 14)
     for name, errors in {
-        "squared weight error + MILP": rounded.squared_errors(),
+        "squared weight error + MILP": squared_errors(rounded),
         "Fisher + MILP": fisher_errors(network, rounded, batches, Classification(), samples=64),
     }.items():
         try_allocations(trials := fresh(), errors, budgets)

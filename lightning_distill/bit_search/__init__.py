@@ -21,7 +21,14 @@ from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.result import BitSearchResult
 from lightning_distill.bit_search.rounding import RoundedWeights, effective_bits, round_weight
 from lightning_distill.bit_search.search import search_bits
-from lightning_distill.bit_search.sensitivity import PlanLoss, divergence, fisher_errors, fisher_information
+from lightning_distill.bit_search.sensitivity import (
+    PlanLoss,
+    channel_fisher_errors,
+    channel_squared_errors,
+    divergence,
+    fisher_errors,
+    squared_errors,
+)
 from lightning_distill.bit_search.trials import (
     Trial,
     Trials,
@@ -47,15 +54,16 @@ __all__ = [
     "allocate_channels",
     "budgets_between",
     "channel_bits",
+    "channel_fisher_errors",
     "channel_importance",
     "channel_shares",
+    "channel_squared_errors",
     "crowding_distance",
     "divergence",
     "effective_bits",
     "epsilon_constraint",
     "evolve",
     "fisher_errors",
-    "fisher_information",
     "greedy",
     "hypervolume",
     "layer_errors",
@@ -65,6 +73,7 @@ __all__ = [
     "refine",
     "round_weight",
     "search_bits",
+    "squared_errors",
     "try_allocations",
     "weight_bits",
     "weighted_sum",

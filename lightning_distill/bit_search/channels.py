@@ -95,7 +95,8 @@ def allocate_channels(
     of a single channel, and a million channels take seconds.
 
     Args:
-        errors: By layer, shape ``(channels, numbers of bits)``: what each channel costs in quality. Finite.
+        errors: By layer, shape ``(channels, numbers of bits)``: what each channel costs in quality. Infinite where a
+            channel shall not have these bits.
         sizes: Elements of each layer's weight.
         bits: The choices, rising.
         budget: Largest storage in bits.
@@ -115,14 +116,15 @@ def allocate_channels(
     if errors.keys() != sizes.keys() or not errors:
         raise ValueError(f"`errors` and `sizes` must have the same layers, got {list(errors)} and {list(sizes)}.")
     for layer, own in errors.items():
-        if own.ndim != 2 or own.shape[1] != len(bits) or not bool(own.isfinite().all()):
+        if own.ndim != 2 or own.shape[1] != len(bits) or not bool((own < math.inf).any(dim=1).all()):
             raise ValueError(
-                f"`errors` of {layer!r} must be finite, of shape (channels, {len(bits)}), got {tuple(own.shape)}."
+                f"`errors` of {layer!r} must be of shape (channels, {len(bits)}), finite somewhere in each row, got "
+                f"{tuple(own.shape)}."
             )
     error = torch.cat([own.double().cpu() for own in errors.values()]).numpy()
     each = np.concatenate([np.full(len(own), sizes[layer] / len(own)) for layer, own in errors.items()])
     cost = each[:, None] * np.array(bits, dtype=float)
-    if not budget >= (least := float(cost[:, 0].sum())):
+    if not budget >= (least := float(np.where(np.isfinite(error), cost, np.inf).min(axis=1).sum())):
         raise ValueError(
             f"`budget` is {budget:g}, but the cheapest plan costs {least:g}. Raise it, or allow fewer bits."
         )
@@ -167,7 +169,8 @@ def _at_price(error: np.ndarray, cost: np.ndarray, budget: float) -> np.ndarray:
 
     if within(free := at(0.0)):
         return free
-    high = 2 * float(np.ptp(error)) / float(np.diff(cost, axis=1).min())  # nobody pays for bits at this price
+    # nobody pays for bits at this price
+    high = 2 * float(np.ptp(error[np.isfinite(error)])) / float(np.diff(cost, axis=1).min())
     low = high * 1e-18
     for _ in range(100):
         middle = math.sqrt(low * high)

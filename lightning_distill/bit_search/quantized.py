@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.bit_search.allocate import weight_bits
-from lightning_distill.bit_search.rounding import check_bits, chosen_layers, layer_sums, of_channels, weighted_squares
+from lightning_distill.bit_search.rounding import check_bits, chosen_layers, of_channels
 from lightning_distill.quantization import QuantizedLayer, full_precision, quantized_layers
 from lightning_distill.quantization.quantized_layer import STEPS
 from lightning_distill.quantization.spec import Bits
@@ -69,22 +69,19 @@ class QuantizedWeights:
         """Bits of storage of each layer at each number of bits."""
         return weight_bits(self.sizes, self.bits)
 
-    def squared_errors(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[int, float]]:
-        """Sum of squared errors of each layer at each number of bits, each element times ``weights``."""
-        return layer_sums(self.channel_errors(weights), self.bits)
+    def rows(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor of the shape of a layer's weight as a matrix with a row for each output channel."""
+        first = self._layers[name].channels_first(weight)
+        return first.reshape(len(first), -1)
 
-    def channel_errors(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """As :meth:`squared_errors`, of each output channel: by layer, shape ``(channels, numbers of bits)``."""
-        found: dict[str, Tensor] = {}
-        for name, layer in self._layers.items():
-            factor = None if weights is None else layer.channels_first(weights[name])
-            errors = []
-            for choice in self.bits:
-                with torch.no_grad(), self.applied({name: choice}):
-                    rounded, own = (layer.channels_first(w) for w in (layer.quantized_weight(), layer.weight))
-                    errors.append(weighted_squares(rounded, own, factor))
-            found[name] = torch.stack(errors, dim=1)
-        return found
+    def changes(self, name: str) -> Tensor:
+        """What rounding does to a layer's weight: shape ``(numbers of bits, channels, weights of a channel)``."""
+        layer, found = self._layers[name], []
+        own = self.rows(name, layer.weight.detach())
+        for choice in self.bits:
+            with torch.no_grad(), self.applied({name: choice}):
+                found.append(self.rows(name, layer.quantized_weight()) - own)
+        return torch.stack(found)
 
     def original(self) -> AbstractContextManager[None]:
         """Within this context the network computes in full precision."""

@@ -109,26 +109,14 @@ class RoundedWeights:
         """Bits of storage of each layer at each number of bits."""
         return weight_bits(self.sizes, self.bits)
 
-    def squared_errors(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[int, float]]:
-        """Sum of squared rounding errors of each layer at each number of bits, each element times ``weights``.
+    def rows(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor of the shape of a layer's weight as a matrix with a row for each output channel."""
+        return weight.reshape(len(weight), -1)
 
-        Args:
-            weights: By layer, of the shape of its weight; by default 1.
-        """
-        return layer_sums(self.channel_errors(weights), self.bits)
-
-    def channel_errors(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """As :meth:`squared_errors`, of each output channel: by layer, shape ``(channels, numbers of bits)``."""
-        return {
-            name: torch.stack(
-                [
-                    weighted_squares(self._rounded[name, choice], own, None if weights is None else weights[name])
-                    for choice in self.bits
-                ],
-                dim=1,
-            )
-            for name, own in self._parameters.items()
-        }
+    def changes(self, name: str) -> Tensor:
+        """What rounding does to a layer's weight: shape ``(numbers of bits, channels, weights of a channel)``."""
+        own = self.rows(name, self._parameters[name].detach())
+        return torch.stack([self.rows(name, self._rounded[name, choice]) - own for choice in self.bits])
 
     def original(self) -> AbstractContextManager[None]:
         """Within this context the network computes in full precision, as it does outside :meth:`applied`."""
@@ -182,17 +170,6 @@ def chosen_layers(
     return chosen
 
 
-def weighted_squares(rounded: Tensor, own: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum of the squared differences of each channel, each times its weight; shape ``(channels,)``."""
-    squares = (rounded.detach().float() - own.detach().float()).square()
-    return (squares if weights is None else squares * weights).flatten(1).sum(dim=1)
-
-
-def layer_sums(errors: Mapping[str, Tensor], bits: Sequence[int]) -> dict[str, dict[int, float]]:
-    """The sums over channels of what is of shape ``(channels, numbers of bits)``."""
-    return {name: dict(zip(bits, found.double().sum(dim=0).tolist(), strict=True)) for name, found in errors.items()}
-
-
 def of_channels(bits: Bits, choices: Mapping[int, Tensor]) -> Tensor:
     """Of tensors for numbers of bits, channels first, the one of ``bits``, or the channels that each has there."""
     if isinstance(bits, int):
@@ -226,9 +203,7 @@ __all__ = [
     "check_bits",
     "chosen_layers",
     "effective_bits",
-    "layer_sums",
     "mean_bits",
     "of_channels",
     "round_weight",
-    "weighted_squares",
 ]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_distill.bit_search.allocate import Plan, Table, allocate_bits
@@ -15,7 +14,13 @@ from lightning_distill.bit_search.channels import allocate_channels, channel_sha
 from lightning_distill.bit_search.quantized import QuantizedWeights
 from lightning_distill.bit_search.result import BitSearchResult
 from lightning_distill.bit_search.rounding import RoundedWeights, check_bits
-from lightning_distill.bit_search.sensitivity import PlanLoss, fisher_errors, fisher_information
+from lightning_distill.bit_search.sensitivity import (
+    PlanLoss,
+    channel_fisher_errors,
+    channel_squared_errors,
+    fisher_errors,
+    squared_errors,
+)
 from lightning_distill.bit_search.trials import (
     Trials,
     budgets_between,
@@ -81,9 +86,9 @@ def search_bits(
         refinement: ``"neighbours"``: see :func:`~lightning_distill.bit_search.refine`; ``"greedy"``: bits are taken
             away one layer at a time, which tries about ``L ** 2 / 2`` plans per number of bits and gives the best
             fronts; ``"nsga2"``: an evolution from the plans found so far, for fronts (needs Optuna); ``"none"``.
-        granularity: ``"channel"`` divides what was found for the layers among their output channels, as their errors
-            times the Fisher information of their weights have it, and keeps that where the outputs change less. For
-            budgets in bits or bytes, and 1 to 8 bits.
+        granularity: ``"channel"`` divides what was found for the layers among their output channels, as a second-order
+            estimate has it (:func:`~lightning_distill.bit_search.channel_fisher_errors`), and keeps that where the
+            outputs change less. For budgets in bits or bytes, and 1 to 8 bits.
         points: Budgets for the front, at least 2; 0 for none.
         evaluations: Plans that ``"nsga2"`` tries.
         seed: Of ``"fisher"`` and ``"nsga2"``.
@@ -111,7 +116,7 @@ def search_bits(
     elif sensitivity == "fisher":
         errors = fisher_errors(network, rounded, batches, task, seed=seed)
     else:
-        errors = rounded.squared_errors()
+        errors = squared_errors(rounded)
     for choice in bits:
         trials(dict.fromkeys(rounded.sizes, choice))  # what the plan has to beat
     if points:
@@ -122,8 +127,8 @@ def search_bits(
     plan: dict[str, Bits] = {**best.plan}
     least = best.loss
     if granularity == "channel":
-        shares = channel_shares(_channel_errors(network, rounded, batches, task, seed), errors, rounded.bits)
-        for candidate in _channel_plans(shares, rounded, best.plan, limit):
+        estimates = _channel_errors(network, rounded, batches, task, seed)
+        for candidate in _channel_plans(estimates, errors, rounded, best.plan, limit):
             if (found := loss(candidate)) < least:
                 plan, least = {**candidate}, found
     weights = sum(rounded.sizes.values())
@@ -151,22 +156,30 @@ def _require_steps_of_channels(network: nn.Module, names: Iterable[str]) -> None
 def _channel_errors(
     network: nn.Module, rounded: RoundedWeights | QuantizedWeights, batches: Sequence[Any], task: Task, seed: int
 ) -> dict[str, Tensor]:
-    """Squared errors of channels, times what the outputs make of them where the task tells.
+    """What each channel alone does to the outputs, by a second-order estimate; else its squared error.
 
-    Rows of tables have their errors alone: samples do not have every token, and would find the others useless.
+    Rows of tables always have their squared error: samples do not have every token, and would find the others useless.
     """
+    squares = channel_squared_errors(rounded)
     if not task.imitable:
-        return rounded.channel_errors()
-    found = fisher_information(network, rounded, batches, task, seed=seed)
-    tables = [name for name in found if isinstance(network.get_submodule(name), nn.Embedding)]
-    return rounded.channel_errors(found | {name: torch.ones_like(found[name]) for name in tables})
+        return squares
+    tables = [name for name in squares if isinstance(network.get_submodule(name), nn.Embedding)]
+    found = channel_fisher_errors(network, rounded, batches, task, seed=seed)
+    return found | {name: squares[name] for name in tables}
 
 
 def _channel_plans(
-    shares: dict[str, Tensor], rounded: RoundedWeights | QuantizedWeights, plan: Plan, limit: float
+    estimates: dict[str, Tensor],
+    layers: Table,
+    rounded: RoundedWeights | QuantizedWeights,
+    plan: Plan,
+    limit: float,
 ) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Channels of all layers within one budget, and those of each layer within what it has in ``plan``."""
+    """Channels of all layers within one budget, by the estimates and by what was measured for layers, divided as the
+    estimates have it; and those of each layer within what it has in ``plan``."""
+    shares = channel_shares(estimates, layers, rounded.bits)
     yield allocate_channels(shares, rounded.sizes, rounded.bits, limit)
+    yield allocate_channels(estimates, rounded.sizes, rounded.bits, limit)
     within: dict[str, tuple[int, ...]] = {}
     for layer, own in shares.items():
         size = {layer: rounded.sizes[layer]}

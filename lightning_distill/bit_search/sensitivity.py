@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,16 @@ def divergence(own: Tensor, other: Tensor, *, probabilities: bool = True) -> Ten
     return (p.exp() * (p - other.log_softmax(dim=-1))).sum(dim=-1)
 
 
+def squared_errors(rounded: RoundedWeights | QuantizedWeights) -> dict[str, dict[int, float]]:
+    """Sum of squared rounding errors of each layer at each number of bits."""
+    return layer_sums(channel_squared_errors(rounded), rounded.bits)
+
+
+def channel_squared_errors(rounded: RoundedWeights | QuantizedWeights) -> dict[str, Tensor]:
+    """Sum of squared rounding errors of each output channel: by layer, shape ``(channels, numbers of bits)``."""
+    return {name: rounded.changes(name).float().square().sum(dim=2).T for name in rounded.sizes}
+
+
 def fisher_errors(
     network: nn.Module,
     rounded: RoundedWeights | QuantizedWeights,
@@ -84,52 +94,96 @@ def fisher_errors(
     samples: int = 64,
     seed: int = 0,
 ) -> dict[str, dict[int, float]]:
-    r"""Second-order estimate of :class:`PlanLoss` for each layer alone: :math:`\frac12 \sum_i F_{ii} \, \Delta w_i^2`.
+    r"""Second-order estimate of :class:`PlanLoss` for each layer alone: :math:`\frac12 \Delta w^\top F \Delta w`.
 
-    No forward pass per choice of bits is needed; see :func:`fisher_information`, also for the arguments and errors.
-
-    Returns:
-        By layer and number of bits, in nats.
-    """
-    found = fisher_information(network, rounded, batches, task, samples=samples, seed=seed)
-    return rounded.squared_errors({name: information / 2 for name, information in found.items()})
-
-
-def fisher_information(
-    network: nn.Module,
-    rounded: RoundedWeights | QuantizedWeights,
-    batches: Iterable[Any],
-    task: Task,
-    *,
-    samples: int = 64,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    r"""The diagonal of the Fisher information of each layer's weights: mean squared gradients of single samples.
-
-    Labels are drawn from the network's own prediction, whose second derivatives the information then stands for
-    (compare HAWQ, Dong et al. 2019, which uses the Hessian). One backward pass per sample.
+    :math:`F = \mathbb{E}[g g^\top]` is the Fisher information, which the divergence has for its second derivative; its
+    gradients :math:`g` are of single samples, whose labels are drawn from the network's own prediction (compare HAWQ,
+    Dong et al. 2019, which uses eigenvalues of the Hessian). So the errors are :math:`\frac12 \mathbb{E}[(g^\top \Delta
+    w)^2]`. One backward pass per sample, and no forward pass per number of bits.
 
     Args:
         network: The network.
-        rounded: Its rounded weights; the network is looked at without rounding.
+        rounded: Its rounded weights; gradients are taken without rounding.
         batches: Batches of samples; only the first ``samples`` are used.
         task: How a batch is read; a classifier's or a language model's.
         samples: How many samples (tokens) have a gradient, positive.
         seed: Of the drawn labels.
 
     Returns:
-        By layer, in the shape of its weight, float32.
+        By layer and number of bits, in nats.
 
     Raises:
         ValueError: If the task has no probabilities, ``samples`` is not positive, or there are no batches.
     """
+    found = _mean_squares(
+        network, rounded, batches, task, samples, seed, of=lambda slopes: slopes.sum(dim=0, keepdim=True)
+    )
+    return layer_sums({name: squares / 2 for name, squares in found.items()}, rounded.bits)
+
+
+def channel_fisher_errors(
+    network: nn.Module,
+    rounded: RoundedWeights | QuantizedWeights,
+    batches: Iterable[Any],
+    task: Task,
+    *,
+    samples: int = 256,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """As :func:`fisher_errors`, of each output channel alone; channels differ less than layers, so take more samples.
+
+    Returns:
+        By layer, shape ``(channels, numbers of bits)``, in nats.
+    """
+    found = _mean_squares(network, rounded, batches, task, samples, seed, of=lambda slopes: slopes)
+    return {name: squares / 2 for name, squares in found.items()}
+
+
+def layer_sums(errors: Mapping[str, Tensor], bits: Sequence[int]) -> dict[str, dict[int, float]]:
+    """The sums over channels of what is of shape ``(channels, numbers of bits)``."""
+    return {name: dict(zip(bits, found.double().sum(dim=0).tolist(), strict=True)) for name, found in errors.items()}
+
+
+def _mean_squares(
+    network: nn.Module,
+    rounded: RoundedWeights | QuantizedWeights,
+    batches: Iterable[Any],
+    task: Task,
+    samples: int,
+    seed: int,
+    *,
+    of: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The mean over samples of the squares of ``of(slopes)``: slopes are how the loss changes with each channel's
+    rounding, shape ``(channels, numbers of bits)``."""
+    changes = {name: rounded.changes(name).float() for name in rounded.sizes}
+    total = {name: of(change.new_zeros(change.shape[1], len(rounded.bits))) for name, change in changes.items()}
+    seen = 0
+    for gradients in _sample_gradients(network, rounded, batches, task, samples, seed):
+        for name, gradient in gradients.items():
+            slopes = torch.einsum("cw,bcw->cb", rounded.rows(name, gradient).float(), changes[name])
+            total[name] += of(slopes).square()
+        seen += 1
+    if seen == 0:
+        raise ValueError("`batches` is empty: there is nothing to take gradients of.")
+    return {name: squares / seen for name, squares in total.items()}
+
+
+def _sample_gradients(
+    network: nn.Module,
+    rounded: RoundedWeights | QuantizedWeights,
+    batches: Iterable[Any],
+    task: Task,
+    samples: int,
+    seed: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of the layers' weights of single samples, with labels drawn from the network's own prediction."""
     if not task.imitable:
         raise ValueError(f"`fisher` needs a task with probabilities, got {type(task).__name__}; use `kl`.")
     if not samples >= 1:
         raise ValueError(f"`samples` must be positive, got {samples}.")
     generator = torch.Generator().manual_seed(seed)
     parameters = rounded.parameters
-    squares = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     seen = 0
     with inference(network), rounded.original(), torch.enable_grad():
@@ -144,18 +198,13 @@ def fisher_information(
                     found = torch.autograd.grad(
                         loss, list(parameters.values()), retain_graph=row + 1 < len(losses), allow_unused=True
                     )
-                    for name, gradient in zip(parameters, found, strict=True):
-                        if gradient is not None:
-                            squares[name] += gradient.float().square()
+                    yield {name: own for name, own in zip(parameters, found, strict=True) if own is not None}
                 seen += len(losses)
                 if seen >= samples:
                     break
         finally:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(flags[name])
-    if seen == 0:
-        raise ValueError("`batches` is empty: there is nothing to take gradients of.")
-    return {name: square / seen for name, square in squares.items()}
 
 
 def counted(outputs: Outputs, batch: Any, task: Task) -> Tensor:
@@ -165,4 +214,12 @@ def counted(outputs: Outputs, batch: Any, task: Task) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
 
 
-__all__ = ["PlanLoss", "counted", "divergence", "fisher_errors", "fisher_information"]
+__all__ = [
+    "PlanLoss",
+    "channel_fisher_errors",
+    "channel_squared_errors",
+    "counted",
+    "divergence",
+    "fisher_errors",
+    "squared_errors",
+]

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 
-from lightning_distill.bit_search import PlanLoss, QuantizedWeights, divergence, fisher_errors, search_bits
+from lightning_distill.bit_search import (
+    PlanLoss,
+    QuantizedWeights,
+    divergence,
+    fisher_errors,
+    search_bits,
+    squared_errors,
+)
 from lightning_distill.quantization import (
     QuantSpec,
     calibrate,
@@ -58,7 +65,7 @@ def test_fisher_takes_the_gradients_in_full_precision_and_each_layers_own_quanti
     with full_precision(network):
         again = fisher_errors(network, QuantizedWeights(network, (2, 4)), batches, Classification(), samples=16)
     assert found == again
-    plain = weights.squared_errors()
+    plain = squared_errors(weights)
     layer = quantized_layers(network)["blocks.0.0"]
     with torch.no_grad():
         expected = (layer.quantized_weight() - layer.weight).square().sum().item()
