@@ -20,6 +20,7 @@ from lightning_distill.callbacks.stage_checkpoint import StageCheckpoint, newest
 from lightning_distill.comparison import Experiment
 from lightning_distill.comparison.quiet import quiet_lightning
 from lightning_distill.comparison.runs import raise_keyboard_interrupt
+from lightning_distill.datamodules.tensors import InMemoryDataModule
 from lightning_distill.export import write_network
 from lightning_distill.files import content_hash
 from lightning_distill.hardware import stored_bytes
@@ -80,7 +81,7 @@ def train_stage(
                 module, datamodule=experiment.datamodule, ckpt_path=best.path, verbose=False
             )
             metrics.update(measured)
-        if _has_test_data(experiment.datamodule):
+        if has_test_data(experiment.datamodule):
             (measured, *_) = trainer.test(module, datamodule=experiment.datamodule, verbose=False)
             metrics.update(measured)
     network: nn.Module = module.export()
@@ -182,7 +183,10 @@ def _has_validation_data(datamodule: L.LightningDataModule | None) -> bool:
     return datamodule is not None and type(datamodule).val_dataloader is not L.LightningDataModule.val_dataloader
 
 
-def _has_test_data(datamodule: L.LightningDataModule | None) -> bool:
+def has_test_data(datamodule: L.LightningDataModule | None) -> bool:
+    """Whether there is something to test on."""
+    if isinstance(datamodule, InMemoryDataModule):  # which has the method with and without such data
+        return datamodule.splits.test is not None
     return datamodule is not None and type(datamodule).test_dataloader is not L.LightningDataModule.test_dataloader
 
 
