@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -11,7 +12,11 @@ from lightning_distill import KD, Experiment, Pipeline, Stage
 from lightning_distill.datamodules import TensorDataModule
 from tests.pipeline.parts import CPU, SGD
 
-folder = Path(sys.argv[1])
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+
+
+def strategy():
+    return "ddp" if kind == "ddp" else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
 def experiment(teacher=None):
@@ -20,7 +25,7 @@ def experiment(teacher=None):
     student = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     module = KD(student, teacher, alpha=1.0 if teacher is None else 0.5, optimizer=SGD)
     return Experiment(
-        module, TensorDataModule((x, x[:, :3].argmax(1)), batch_size=8), CPU | {"devices": 2, "strategy": "ddp"}
+        module, TensorDataModule((x, x[:, :3].argmax(1)), batch_size=8), CPU | {"devices": 2, "strategy": strategy()}
     )
 
 

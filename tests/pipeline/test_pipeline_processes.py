@@ -114,11 +114,13 @@ def test_a_second_pipeline_in_the_folder_is_refused_while_the_first_runs(tmp_pat
 
 
 @pytest.mark.slow
-def test_all_processes_go_on_with_what_the_first_one_wrote(tmp_path):
-    """Each has other statistics of batch normalization; without validation no checkpoint makes them alike."""
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_all_processes_go_on_with_what_the_first_one_wrote(tmp_path, kind):
+    """Each has other statistics of batch normalization, and without validation no checkpoint makes them alike; of a
+    network that is spread only the first one gets the weights."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, SCRIPT.with_name("statistics_run.py"), tmp_path],
+        [sys.executable, SCRIPT.with_name("statistics_run.py"), tmp_path, kind],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
