@@ -65,16 +65,29 @@ class Evaluation:
         metrics = {**self._own, **self._pair, **self._losses}
         return {name: metric.compute() for name, metric in metrics.items() if name in self._fed}
 
+    def keep_to_this_process(self) -> None:
+        """Give the values of what this process has measured, though there may be others."""
+        for metric in (*self._own.values(), *self._pair.values(), *self._losses.values()):
+            for part in metric.modules():  # a metric may hold others
+                if isinstance(part, Metric):
+                    part.distributed_available_fn = _nobody_else
+
     def _update(self, metrics: Mapping[str, Metric], predictions: Tensor, target: Tensor) -> None:
         for name, metric in metrics.items():
             metric.update(predictions, target)
             self._fed.add(name)
 
 
+def _nobody_else() -> bool:
+    return False
+
+
 def evaluate(
     network: nn.Module, batches: Iterable[Any], task: Task, *, reference: nn.Module | None = None
 ) -> dict[str, float]:
-    """The task's metrics of ``network`` on ``batches``, in eval mode; without a Trainer, in this process.
+    """The task's metrics of ``network`` on ``batches``, in eval mode; without a Trainer, in this process alone.
+
+    Other processes of a distributed run are not asked: each of them may call it, or only one.
 
     Args:
         network: Reads batches as ``task`` says.
@@ -104,4 +117,5 @@ def evaluate(
             measured.update(step)
     if measured is None:
         raise ValueError("`batches` is empty: there is nothing to measure on.")
+    measured.keep_to_this_process()
     return {name: float(value) for name, value in measured.compute().items()}

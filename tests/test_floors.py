@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lightning_distill"
 FLOORS = [
-    {"compatibility", "curriculum", "difficulty", "files", "measuring", "modes", "networks", "packages", "pretrained",
-     "sharding", "stochastic_depth", "top_k", "transformers_taps"},
+    {"compatibility", "curriculum", "difficulty", "files", "locks", "measuring", "modes", "networks", "packages",
+     "pretrained", "sharding", "stochastic_depth", "top_k", "transformers_taps"},
     {"adapters", "deferred", "outputs", "taps"},
     {"layer_maps", "losses", "rules"},
     {"temperature", "weighting"},

@@ -96,8 +96,9 @@ class AdaptToCapability(L.Callback):
             raise ValueError(
                 f"`monitor` is {self.monitor!r}, which was not logged; there are {sorted(trainer.callback_metrics)}."
             )
-        value = float(trainer.callback_metrics[self.monitor])
-        now = trainer.global_step / max(trainer.num_training_batches // trainer.accumulate_grad_batches, 1)
+        # a metric that somebody logs without `sync_dist` differs between processes; their thresholds must not
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        now = trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / max(trainer.num_training_batches, 1)
         if self.capability is None:
             self.capability = StudentCapability(value)
         elif now > self._last[0]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_distill.files import changes_between, read_json, write_json
+from lightning_distill.locks import LOCK, OWNER
 
 CONFIGURATION = "configuration.json"
 RESULTS = "results.json"
@@ -117,7 +118,7 @@ def clear(folder: Path) -> None:
     Raises:
         ValueError: If the folder has files but no comparison.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {LOCK, OWNER}:
         return
     if not (folder / CONFIGURATION).exists():
         raise ValueError(

@@ -16,6 +16,7 @@ from lightning_distill.comparison.files import open_folder, run_folder, slug
 from lightning_distill.comparison.runs import Method, finished_run, run
 from lightning_distill.comparison.table import duration, number
 from lightning_distill.comparison.weights_and_biases import Group, Mode, no_telemetry, open_group
+from lightning_distill.locks import only_process
 
 
 def compare(
@@ -73,6 +74,7 @@ def compare(
         ValueError: If names, seeds, ``metric`` or ``configuration`` do not fit; the metric is checked after the first
             run.
         TypeError: If a method cannot be called or returns no :class:`Experiment`.
+        BlockingIOError: If another process is at a comparison in ``folder``.
     """
     references = dict(reference or {})
     _check_methods(methods, references, control)
@@ -80,47 +82,50 @@ def compare(
     if mode not in ("max", "min"):
         raise ValueError(f"`mode` must be 'max' or 'min', got {mode!r}.")
     folder = Path(folder)
-    identifier = open_folder(folder, [*references, *methods], configuration, fresh=fresh)
-    group = open_group(folder, identifier, wandb)
-    console = console or Console()
-    heading = f"Comparison with {control}" if title is None else title
-    plan = [(name, numbers[0], method, run_folder(folder, name, None)) for name, method in references.items()]
-    plan += [
-        (name, seed, method, run_folder(folder, name, seed)) for seed in numbers for name, method in methods.items()
-    ]
-    results: list[dict[str, Any]] = []
-    seen: MutableSet[Any] = weakref.WeakSet()
+    with only_process(folder, "comparison"):
+        identifier = open_folder(folder, [*references, *methods], configuration, fresh=fresh)
+        group = open_group(folder, identifier, wandb)
+        console = console or Console()
+        heading = f"Comparison with {control}" if title is None else title
+        plan = [(name, numbers[0], method, run_folder(folder, name, None)) for name, method in references.items()]
+        plan += [
+            (name, seed, method, run_folder(folder, name, seed)) for seed in numbers for name, method in methods.items()
+        ]
+        results: list[dict[str, Any]] = []
+        seen: MutableSet[Any] = weakref.WeakSet()
 
-    def gather() -> Comparison:
-        order = list(methods)
-        runs = sorted(results[len(references) :], key=lambda found: (order.index(found["method"]), found["seed"]))
-        return Comparison(folder, control, metric, mode, runs, results[: len(references)], heading)
+        def gather() -> Comparison:
+            order = list(methods)
+            runs = sorted(results[len(references) :], key=lambda found: (order.index(found["method"]), found["seed"]))
+            return Comparison(folder, control, metric, mode, runs, results[: len(references)], heading)
 
-    with no_telemetry(wandb), _progress(console) as progress:
-        task = progress.add_task("", total=len(plan))
-        for done, (name, seed, method, where) in enumerate(plan):
-            progress.update(task, description=f"{name}, seed {seed}", completed=done)
-            known = finished_run(where)
-            report = _reporter(progress, task, done)
-            result = known or _train(method, name=name, seed=seed, folder=where, group=group, seen=seen, report=report)
-            check_metric(result, metric)
-            results.append(result)
-            if known is None:
-                gather().save()
-                shown = number(float(result[metric]), metric)
-                progress.console.print(
-                    f"{name}, seed {seed}: {metric} {shown}, {duration(result['seconds'])}",
-                    markup=False,
-                    highlight=False,
+        with no_telemetry(wandb), _progress(console) as progress:
+            task = progress.add_task("", total=len(plan))
+            for done, (name, seed, method, where) in enumerate(plan):
+                progress.update(task, description=f"{name}, seed {seed}", completed=done)
+                known = finished_run(where)
+                report = _reporter(progress, task, done)
+                result = known or _train(
+                    method, name=name, seed=seed, folder=where, group=group, seen=seen, report=report
                 )
-        progress.update(task, description="done", completed=len(plan))
-    comparison = gather()
-    comparison.save()
-    comparison.plot()
-    if group is not None:
-        with no_telemetry(wandb):
-            group.log_summary(comparison)
-    return comparison
+                check_metric(result, metric)
+                results.append(result)
+                if known is None:
+                    gather().save()
+                    shown = number(float(result[metric]), metric)
+                    progress.console.print(
+                        f"{name}, seed {seed}: {metric} {shown}, {duration(result['seconds'])}",
+                        markup=False,
+                        highlight=False,
+                    )
+            progress.update(task, description="done", completed=len(plan))
+        comparison = gather()
+        comparison.save()
+        comparison.plot()
+        if group is not None:
+            with no_telemetry(wandb):
+                group.log_summary(comparison)
+        return comparison
 
 
 def _train(

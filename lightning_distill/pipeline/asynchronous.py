@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ from lightning_distill.pipeline.manifest import (
 )
 from lightning_distill.pipeline.pipeline import Pipeline
 from lightning_distill.pipeline.report import PipelineReport, pipeline_report
-from lightning_distill.pipeline.running import build_stage, first_process, restored, train_stage
+from lightning_distill.pipeline.running import alone, build_stage, first_process, restored, train_stage
 from lightning_distill.pipeline.stage import Stage
 from lightning_distill.stages import Earlier, EarlierStage, Following
 
 CHOSEN = "LIGHTNING_DISTILL_STAGE"
 PUBLISHED = "published"
 OUTPUT = "output.txt"
-LOCK = "running"
 
 
 def run_asynchronously(
@@ -77,6 +75,7 @@ def run_asynchronously(
     Raises:
         RuntimeError: If a stage failed too often; the message has the end of its output.
         ValueError: If an argument is outside its range.
+        BlockingIOError: If another process is at a pipeline in ``folder``, or at the stage of this process.
         SystemExit: In the processes of the stages, when they are done.
     """
     if publish_every is not None and not publish_every >= 1:
@@ -87,7 +86,16 @@ def run_asynchronously(
     if (chosen := os.environ.get(CHOSEN)) is not None:
         _run_one(pipeline, chosen, folder, seed, publish_every, (check_every, max_staleness, timeout))
         raise SystemExit(0)
-    console = console or Console()
+    with alone(folder, "pipeline"):
+        _run_all(pipeline, folder, restarts, console or Console())
+    report = pipeline_report(folder, pipeline.stages)
+    report.save()
+    report.plot()
+    return report
+
+
+def _run_all(pipeline: Pipeline, folder: Path, restarts: int, console: Console) -> None:
+    """Start a process for each stage that is not finished, and wait for all."""
     waiting = [stage for stage in pipeline.stages if finished_manifest(folder / slug(stage.name)) is None]
     threads = max((os.cpu_count() or 1) // max(len(waiting), 1), 1)  # more would wait for each other
     processes = {stage.name: _start(stage, folder, threads) for stage in waiting}
@@ -113,10 +121,6 @@ def run_asynchronously(
                     )
     finally:
         _end(processes.values())
-    report = pipeline_report(folder, pipeline.stages)
-    report.save()
-    report.plot()
-    return report
 
 
 def _start(stage: Stage, folder: Path, threads: int) -> subprocess.Popen[bytes]:
@@ -175,7 +179,7 @@ def _run_one(
             metrics = {**record["metrics"], "parameters": float(record["parameters"])}
             earlier.append(EarlierStage(stage.name, network.requires_grad_(False).eval(), metrics))
             hashes[stage.name] = record["weights"]
-    with _only_one(where) if first_process() else nullcontext():
+    with alone(where, "stage"):
         if network is None:
             if first_process():
                 begin_manifest(where, configuration, hashes)
@@ -187,31 +191,3 @@ def _run_one(
         assert record is not None
         if first_process():
             publish(network, where / PUBLISHED, record["steps"], finished=True)
-
-
-@contextmanager
-def _only_one(where: Path) -> Iterator[None]:
-    """Refuse to train a stage that a living process of this machine is training."""
-    where.mkdir(parents=True, exist_ok=True)
-    lock = where / LOCK
-    if lock.exists():
-        machine, _, number = lock.read_text().partition(" ")
-        if machine == os.uname().nodename and number.isdecimal() and _lives(int(number)):
-            raise RuntimeError(
-                f"The stage in {where} is being trained by the process {number}. Wait for it or end it first."
-            )
-    lock.write_text(f"{os.uname().nodename} {os.getpid()}")
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def _lives(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return number != os.getpid()

@@ -19,6 +19,7 @@ from lightning_distill.files import write_json
 from lightning_distill.hardware import CostModel
 from lightning_distill.hardware import cost_model as find_cost_model
 from lightning_distill.modules.first_samples import first_samples
+from lightning_distill.pipeline.running import has_test_data
 from lightning_distill.quantization import OnnxNetwork, export_onnx, onnx_latencies
 from lightning_distill.tasks import Classification, Task
 
@@ -175,8 +176,7 @@ def measure_deployed(
         raise ValueError(f"`networks` must be one or more with different file names, got {list(networks) or 'none'}.")
     data.prepare_data()
     data.setup("test")
-    has_test = type(data).test_dataloader is not L.LightningDataModule.test_dataloader
-    loader = data.test_dataloader() if has_test else data.val_dataloader()
+    loader = data.test_dataloader() if has_test_data(data) else data.val_dataloader()
     batch = first_samples(loader, samples)
     inputs = task.inputs(batch)
     measured, errors = {}, {}

@@ -20,7 +20,7 @@ from lightning_distill.pipeline.manifest import (
     finished_manifest,
 )
 from lightning_distill.pipeline.report import PipelineReport, pipeline_report
-from lightning_distill.pipeline.running import build_stage, first_process, restored, train_stage
+from lightning_distill.pipeline.running import alone, build_stage, first_process, restored, train_stage
 from lightning_distill.pipeline.stage import Stage
 from lightning_distill.stages import Earlier, EarlierStage
 
@@ -32,7 +32,7 @@ class Pipeline:
 
     Each stage is one ``Trainer.fit`` with a Trainer of its own, so devices, precision and strategy are the Trainer's
     matter. Several processes may be started by the Trainer or by ``torchrun``; all stages then use as many. They must
-    see the same folder.
+    see the same folder, which belongs to them as long as they run: a second pipeline that is started there is refused.
 
     Kill it at any time and call it again: what is finished is not trained again, and the stage in progress goes on
     where its newest whole checkpoint is, with the random numbers of an uninterrupted run.
@@ -94,14 +94,20 @@ class Pipeline:
             ValueError: If ``start_stage`` is unknown or comes before a stage that was never finished, a stage was begun
                 with another configuration or from another network, or asks for another number of processes than run.
             TypeError: If a stage builds no experiment, or its module cannot be exported.
+            BlockingIOError: If another process is at a pipeline in ``folder``.
         """
         folder = Path(folder)
         if onnx_samples is not None and not onnx_samples >= 1:
             raise ValueError(f"`onnx_samples` must be at least 1, got {onnx_samples}.")
         model = find_cost_model(cost_model)
-        if start_stage is not None:
-            self._set_aside(folder, start_stage)
-        console = console or Console()
+        with alone(folder, "pipeline"):
+            if start_stage is not None:
+                self._set_aside(folder, start_stage)
+            return self._run(folder, seed, onnx_samples, model, console or Console())
+
+    def _run(
+        self, folder: Path, seed: int, onnx_samples: int | None, model: CostModel, console: Console
+    ) -> PipelineReport:
         earlier: list[EarlierStage] = []
         hashes: dict[str, str] = {}
         for stage in self.stages:
@@ -111,10 +117,11 @@ class Pipeline:
             network = restored(experiment, where)
             trained = network is None
             if network is None:
-                if first_process():
-                    begin_manifest(where, configuration, hashes)
-                    console.print(f"{stage.name}: training", markup=False)
-                network = train_stage(stage, experiment, where)
+                with alone(where, "stage"):  # one that was started by hand for this stage has not asked for the folder
+                    if first_process():
+                        begin_manifest(where, configuration, hashes)
+                        console.print(f"{stage.name}: training", markup=False)
+                    network = train_stage(stage, experiment, where)
             record = finished_manifest(where)
             assert record is not None
             hashes[stage.name] = record["weights"]

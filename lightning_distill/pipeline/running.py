@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,13 +20,16 @@ from lightning_distill.callbacks.stage_checkpoint import StageCheckpoint, newest
 from lightning_distill.comparison import Experiment
 from lightning_distill.comparison.quiet import quiet_lightning
 from lightning_distill.comparison.runs import raise_keyboard_interrupt
+from lightning_distill.datamodules.tensors import InMemoryDataModule
 from lightning_distill.export import write_network
 from lightning_distill.files import content_hash
 from lightning_distill.hardware import stored_bytes
+from lightning_distill.locks import only_process
 from lightning_distill.modes import inference
 from lightning_distill.modules.first_samples import first_samples
 from lightning_distill.pipeline.manifest import finish_manifest, finished_manifest
 from lightning_distill.pipeline.stage import Stage, describe
+from lightning_distill.sharding import assign
 from lightning_distill.stages import Earlier, earlier_stages
 from lightning_distill.tasks import Classification
 from lightning_distill.teachers import load_network
@@ -76,7 +81,7 @@ def train_stage(
                 module, datamodule=experiment.datamodule, ckpt_path=best.path, verbose=False
             )
             metrics.update(measured)
-        if _has_test_data(experiment.datamodule):
+        if has_test_data(experiment.datamodule):
             (measured, *_) = trainer.test(module, datamodule=experiment.datamodule, verbose=False)
             metrics.update(measured)
     network: nn.Module = module.export()
@@ -97,6 +102,10 @@ def train_stage(
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # or the next stage would log into the same run
     trainer.strategy.barrier()
+    if not trainer.is_global_zero:
+        # Go on with what the first process wrote: statistics of normalizations may be each process's own, and of a
+        # network whose weights are spread only the first one has any.
+        assign(network, load_file(where / STUDENT))
     return network
 
 
@@ -174,8 +183,21 @@ def _has_validation_data(datamodule: L.LightningDataModule | None) -> bool:
     return datamodule is not None and type(datamodule).val_dataloader is not L.LightningDataModule.val_dataloader
 
 
-def _has_test_data(datamodule: L.LightningDataModule | None) -> bool:
+def has_test_data(datamodule: L.LightningDataModule | None) -> bool:
+    """Whether there is something to test on."""
+    if isinstance(datamodule, InMemoryDataModule):  # which has the method with and without such data
+        return datamodule.splits.test is not None
     return datamodule is not None and type(datamodule).test_dataloader is not L.LightningDataModule.test_dataloader
+
+
+def alone(where: Path, what: str) -> AbstractContextManager[None]:
+    """Within this context nobody else starts the same ``what`` in ``where``; the first process sees to it for all.
+
+    Raises:
+        BlockingIOError: If somebody has.
+    """
+    other_machine = int(os.environ.get("NODE_RANK", 0)) > 0  # whose Trainer has not told its rank yet
+    return only_process(where, what) if first_process() and not other_machine else nullcontext()
 
 
 def first_process() -> bool:

@@ -4,6 +4,7 @@ import pytest
 from blobs import CountEpochs, StopAt, measured, method
 
 from lightning_distill.comparison import Comparison
+from lightning_distill.locks import only_process
 
 
 def histories(comparison):
@@ -70,3 +71,13 @@ def test_fresh_trains_again(methods, run_compare):
     second = run_compare(methods, seeds=1, configuration={"epochs": 4}, fresh=True)
     assert second.runs[0]["cpu_seconds"] != first.runs[0]["cpu_seconds"]
     assert measured(second) == measured(first)
+
+
+def test_a_folder_has_one_comparison_at_a_time(methods, run_compare, tmp_path):
+    with (
+        only_process(tmp_path / "runs", "comparison"),
+        pytest.raises(BlockingIOError, match=r"The comparison in \S+runs is in use by the process \d+\. Wait"),
+    ):
+        run_compare(methods, fresh=True)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["running.lock"]
+    assert len(run_compare(methods, seeds=1, fresh=True).runs) == 3  # a folder with a lock alone is an empty one

@@ -76,7 +76,7 @@ def main(folder, kind, devices, kill_at):
     torch.save(
         {
             "student": module.student.state_dict(),
-            "choice": dict(choice.named_parameters()),
+            "choice": choice.get_extra_state() if kind == "cached" else dict(choice.named_parameters()),
             "thresholds": getattr(choice, "thresholds", None),
             "steps": trainer.global_step,
             "log": {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("pool/")},

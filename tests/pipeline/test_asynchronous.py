@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lightning_distill import KD, Pipeline
+from lightning_distill.locks import only_process
 from lightning_distill.pipeline import asynchronous, run_asynchronously
 from lightning_distill.stages import Earlier, EarlierStage, Following, earlier_stages, stage_network, stage_teacher
 from lightning_distill.teachers import FollowedTeacher, FrozenTeacher
@@ -101,23 +102,19 @@ def test_a_stage_in_progress_is_followed(tmp_path):
         assert type(KD(net(4), stage_teacher()).teacher) is FrozenTeacher
 
 
-def test_a_stage_is_trained_by_one_process(tmp_path, monkeypatch):
-    with asynchronous._only_one(tmp_path):
-        assert (tmp_path / "running").exists()
-    assert not (tmp_path / "running").exists()
-    sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        (tmp_path / "running").write_text(f"{os.uname().nodename} {sleeping.pid}")
-        with (
-            pytest.raises(RuntimeError, match=rf"is being trained by the process {sleeping.pid}"),
-            asynchronous._only_one(tmp_path),
-        ):
-            pass
-    finally:
-        sleeping.kill()
-        sleeping.wait()
-    with asynchronous._only_one(tmp_path):  # left behind by a process that was killed
-        pass
+def test_a_stage_that_somebody_trains_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(asynchronous.CHOSEN, "teacher")
+    with (
+        only_process(tmp_path / "teacher", "stage"),
+        pytest.raises(BlockingIOError, match=rf"The stage in \S+teacher is in use by the process {os.getpid()}\."),
+    ):
+        run_asynchronously(chain(), tmp_path)
+    monkeypatch.delenv(asynchronous.CHOSEN)
+    with (
+        only_process(tmp_path, "pipeline"),
+        pytest.raises(BlockingIOError, match=r"The pipeline in \S+ is in use by the process"),
+    ):
+        run_asynchronously(chain(), tmp_path)
 
 
 def test_bad_input(tmp_path, monkeypatch):

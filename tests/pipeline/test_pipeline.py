@@ -13,14 +13,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_distill import KD, CausalLM, Pipeline, ProgressiveStage, QADModule, Stage
+from lightning_distill import KD, CausalLM, Experiment, Pipeline, ProgressiveStage, QADModule, Stage
 from lightning_distill.callbacks.stage_checkpoint import checkpoints
+from lightning_distill.datamodules import TensorDataModule
 from lightning_distill.files import content_hash
+from lightning_distill.locks import only_process
 from lightning_distill.networks import from_config
+from lightning_distill.pipeline.running import alone
 from lightning_distill.quantization import QuantSpec
 from lightning_distill.residual import ResidualEnsemble
 from lightning_distill.stages import Earlier, EarlierStage, earlier_stages, shortened, stage_network
-from tests.pipeline.parts import SGD, chain, data, experiment, net, student, teacher
+from tests.pipeline.parts import CPU, SGD, chain, data, experiment, net, student, teacher
 
 QUIET = Console(file=io.StringIO())
 
@@ -147,6 +150,20 @@ def test_an_interrupted_pipeline_ends_like_an_uninterrupted_one(done, tmp_path, 
     assert [stage.metrics for stage in again.stages] == [stage.metrics for stage in report.stages]
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize("validation", [False, True])
+def test_data_without_a_test_set_are_enough(tmp_path, validation):
+    def build(earlier):
+        splits = data().splits
+        less = TensorDataModule(splits.train, splits.validation if validation else None, batch_size=8)
+        return Experiment(KD(net(8), alpha=1.0, optimizer=SGD), less, CPU)
+
+    (reached,) = Pipeline([Stage("only", build)]).run(tmp_path, console=QUIET).stages
+    assert reached.test is None
+    assert (reached.metric is not None) == validation
+    assert {name.split("/")[0] for name in reached.metrics} == ({"val"} if validation else set())
+
+
 def test_what_is_finished_is_not_trained_again(tmp_path):
     first = counted().run(tmp_path, console=QUIET)
     Counts.steps = 0
@@ -169,6 +186,27 @@ def test_stages_are_trained_anew_on_demand_and_nothing_is_lost(tmp_path):
         counted().run(tmp_path, start_stage="student", console=QUIET)
     with pytest.raises(ValueError, match="but the stage 'teacher' before it is not finished"):
         counted().run(tmp_path / "empty", start_stage="last", console=QUIET)
+
+
+def test_a_folder_has_one_pipeline_at_a_time(tmp_path):
+    with (
+        only_process(tmp_path, "pipeline"),
+        pytest.raises(BlockingIOError, match=r"The pipeline in \S+ is in use by the process \d+\. Wait"),
+    ):
+        counted().run(tmp_path, start_stage="teacher", console=QUIET)
+    with (
+        only_process(tmp_path / "teacher", "stage"),
+        pytest.raises(BlockingIOError, match=r"The stage in \S+teacher is in use by the process"),
+    ):
+        counted().run(tmp_path, console=QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["running.lock", "teacher"]
+    assert [path.name for path in (tmp_path / "teacher").iterdir()] == ["running.lock"]  # nothing was begun
+
+
+def test_processes_of_another_machine_leave_the_lock_to_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    with only_process(tmp_path, "pipeline"), alone(tmp_path, "pipeline"):
+        pass
 
 
 def damage(path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,49 @@ def test_one_process_more_in_a_later_stage_is_refused(tmp_path):
     found = run(tmp_path / "run", 1, launcher=torchrun)
     assert found.returncode != 0
     assert "asks for 1 processes, but 2 are running" in found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_second_pipeline_in_the_folder_is_refused_while_the_first_runs(tmp_path, devices):
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    first = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(tmp_path), str(devices), "", "-1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while first.poll() is None and not (tmp_path / "steps-0.txt").exists():
+        time.sleep(0.1)
+    first.send_signal(signal.SIGSTOP)  # in the middle of its first stage, for as long as it takes
+    try:
+        second = run(tmp_path, devices)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    assert f"BlockingIOError: The pipeline in {tmp_path / 'run'} is in use by the process {first.pid}." in second.stderr
+    _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
+    assert len(steps(tmp_path)) == (30 if devices == 1 else 18)  # nobody else has trained
+    finished = run(tmp_path, devices)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_all_processes_go_on_with_what_the_first_one_wrote(tmp_path, kind):
+    """Each has other statistics of batch normalization, and without validation no checkpoint makes them alike; of a
+    network that is spread only the first one gets the weights."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, SCRIPT.with_name("statistics_run.py"), tmp_path, kind],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    written = load_file(tmp_path / "run" / "teacher" / "student.safetensors")
+    for rank in range(2):
+        for name, value in torch.load(tmp_path / f"teacher-{rank}.pt").items():
+            assert torch.equal(value, written[name]), (rank, name)

@@ -81,6 +81,9 @@ class Choice(nn.Module):
         """Shares, shape ``(B, T)``; not negative, each row sums to 1."""
         raise TypeError(f"{type(self).__name__} is a `Choice` without a `forward(panel)`; define one.")
 
+    def share(self) -> None:
+        """Tell the other processes what this one has decided; called by all of them after each training batch."""
+
 
 class AverageChoice(Choice):
     """All teachers with equal shares."""

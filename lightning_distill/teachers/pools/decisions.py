@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_distill.losses.ranks import gather_rows, world_size
 from lightning_distill.teachers.pools.choices import Choice, Member
 from lightning_distill.teachers.pools.panel import Panel
 
@@ -19,9 +20,8 @@ class CachedChoice(Choice):
     (:class:`ScoredChoice`, :class:`CascadeChoice`). If one sample of a batch is new, the choice is made for the whole
     batch again, and what is remembered of the others stays. Outside training nothing is remembered.
 
-    The shares are in checkpoints. Each process remembers the samples that it saw, and a checkpoint holds what the first
-    process remembers. The others then choose again where they know nothing, which gives the same shares unless the
-    choice draws or has changed meanwhile; with one process a resumed run goes on exactly.
+    After each training batch the processes tell each other what they have decided, so that all remember the same,
+    wherever a sample comes next. The shares are in checkpoints, and a resumed run goes on exactly.
 
     Args:
         choice: Makes the decisions; not a router, whose decisions are trained.
@@ -45,6 +45,8 @@ class CachedChoice(Choice):
         self._shares = torch.zeros(0, 0)  # by index; on the CPU, as a data set may be large
         self._uses = torch.zeros(0, dtype=torch.int64)  # 0: unknown
         self._names: list[str] = []
+        self._untold: list[Tensor] = []  # samples that other processes do not know of yet
+        self._device = torch.device("cpu")
 
     def bind(self, members: Sequence[Member]) -> None:
         """Tell the choice."""
@@ -82,7 +84,28 @@ class CachedChoice(Choice):
             self._shares[index[due]] = made[due]
             self._uses[index[due]] = 1
         self._uses[index] += 1
+        if world_size() > 1:
+            self._untold.append(index)
+            self._device = panel.device  # where the processes can talk
         return self._shares[index].to(panel.device)
+
+    def share(self) -> None:
+        """Take over what the other processes have decided; of two about one sample the last one's holds everywhere."""
+        if world_size() == 1:
+            return
+        told = torch.cat([torch.zeros(0, dtype=torch.int64), *self._untold]).unique()
+        self._untold.clear()
+        columns = [told[:, None], self._uses[told, None], self._shares[told]]
+        own = torch.cat([column.double() for column in columns], dim=1)  # in which integers are exact
+        rows = gather_rows(own.to(self._device))[0].cpu()
+        if len(rows) == 0:
+            return
+        index = rows[:, 0].long()
+        self._grow(int(index.max()) + 1)
+        last = torch.zeros(len(self._uses), dtype=torch.int64).scatter_reduce(
+            0, index, torch.arange(len(index)), "amax", include_self=False
+        )[index]
+        self._uses[index], self._shares[index] = rows[last, 1].long(), rows[last, 2:].float()
 
     def get_extra_state(self) -> dict[str, Any]:
         """The decisions, and about whom, for the checkpoint."""

@@ -158,12 +158,20 @@ class TeacherPool(Teacher):
             member.teacher.place(device, mesh)
 
     def see(self, step: Step) -> None:
-        """Refuse a router that nothing trains."""
+        """Refuse a router that nothing trains; let the choice tell other processes what it decided."""
         if isinstance(step.teacher, PoolOutputs) and step.teacher.awaits_loss:
             raise ValueError(
                 "The router of the pool is trained by no loss term, so it would stay as it is. Add one: "
                 "`terms={'router': RouterLoss()}` from `lightning_distill.teachers`."
             )
+        self.share()
+
+    def share(self) -> None:
+        """Let the choice, and those of pools among the members, tell the other processes what they have decided."""
+        self.choice.share()
+        for member in self.members:
+            if isinstance(member.teacher, TeacherPool):
+                member.teacher.share()
 
     def usage(self) -> tuple[Tensor, Tensor, int]:
         """Sums of shares and of runs of each teacher, and the number of training samples, since this was last called.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_distill import KD, CausalLM
 from lightning_distill.callbacks import AdaptToCapability, PoolLog
@@ -22,7 +23,7 @@ from lightning_distill.teachers import (
     TeacherPool,
     TeacherRouter,
 )
-from lightning_distill.teachers.pools import load_balance, take_rows
+from lightning_distill.teachers.pools import decisions, load_balance, take_rows
 
 TASK = Classification()
 
@@ -204,6 +205,39 @@ def test_old_decisions_are_made_anew():
     assert len(calls) == 3
 
 
+def test_processes_tell_each_other_what_they_decided(monkeypatch):
+    told = []
+
+    def gather(rows):  # the other process had the samples 7 (twice in this batch of all) and 2
+        told.append(rows)
+        others = torch.tensor([[7, 1, 0, 0, 1], [2, 4, 0, 1, 0]], dtype=torch.float64)
+        return torch.cat([others[:1] * torch.tensor([1, 3, 1, 1, 1]), rows, others]), 1
+
+    monkeypatch.setattr(decisions, "world_size", lambda: 2)
+    monkeypatch.setattr(decisions, "gather_rows", gather)
+    choice = CachedChoice(ScoredChoice("hard"))
+    pool = TeacherPool(members(scale=4.0), choice).train()
+    said = pool(batch(2), TASK)
+    pool(batch(2), TASK)
+    mine = choice.get_extra_state()["shares"][:2]
+    pool.share()
+    assert told[0].tolist() == [[i, 3.0, *mine[i].tolist()] for i in range(2)]
+    state = choice.get_extra_state()
+    assert state["uses"].tolist() == [3, 3, 4, 0, 0, 0, 0, 1]
+    torch.testing.assert_close(state["shares"][:2], mine)
+    assert state["shares"][[2, 7]].tolist() == [[0, 1, 0], [0, 0, 1]]
+    torch.testing.assert_close(pool(batch(2), TASK).logits, said.logits)
+    x, y, _ = batch(1)
+    before = seen(pool)
+    pool((x, y, torch.tensor([7])), TASK)
+    assert [now - then for then, now in zip(before, seen(pool), strict=True)] == [0, 0, 1]
+    outer = TeacherPool([PoolMember("inner", pool), *members(3)[2:]])
+    outer.share()
+    assert told[1].shape == (3, 5)  # 0, 1 and 7
+    outer.share()
+    assert told[2].shape == (0, 5)
+
+
 def test_a_pool_may_be_a_member():
     inner = TeacherPool(members(2), ScoredChoice("hard", beta=0.0))
     pool, (x, y, i) = TeacherPool([PoolMember("inner", inner), *members(3)[2:]]), batch()
@@ -335,6 +369,49 @@ def test_the_threshold_rises_with_the_student(make_trainer):
     average = KD(nn.Linear(4, 3), TeacherPool(members()))
     with pytest.raises(ValueError, match="moves the last threshold of a `DifficultyChoice`"):
         make_trainer(max_epochs=1, callbacks=[AdaptToCapability()]).fit(average, datamodule=data())
+
+
+class NoLength(IterableDataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return iter(self.dataset)
+
+
+@pytest.mark.filterwarnings("ignore:.*has `len\\(dataloader\\)`:UserWarning")
+@pytest.mark.parametrize(
+    ("trainer", "times"),
+    [
+        ({}, [1, 2, 3]),
+        ({"accumulate_grad_batches": 3}, [1, 2, 3]),
+        ({"accumulate_grad_batches": 9}, [1, 2, 3]),
+        ({"val_check_interval": 2}, [0.4, 0.8, 1.4, 1.8, 2.4, 2.8]),
+        ("no length", [0, 1, 2]),
+    ],
+)
+def test_capability_counts_its_time_in_epochs(make_trainer, trainer, times):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(40, 4, generator=generator)
+    training = TensorDataset(x, x[:, :3].argmax(dim=1))
+    seen_times, capabilities = [], set()
+
+    class Watch(AdaptToCapability):
+        def on_validation_end(self, trainer, pl_module):
+            super().on_validation_end(trainer, pl_module)
+            if not trainer.sanity_checking:
+                seen_times.append(self.state_dict()["last"][0])
+                capabilities.add(self.capability.value)
+
+    watch = Watch(alpha=0.5)
+    pool = TeacherPool(members(), DifficultyChoice((0.2, 0.5)))
+    module = KD(nn.Linear(4, 3), pool, alpha=0.9, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+    arguments = {} if trainer == "no length" else trainer
+    loader = DataLoader(NoLength(training) if trainer == "no length" else training, 8)
+    make_trainer(max_epochs=3, callbacks=[watch], **arguments).fit(module, loader, DataLoader(training, 40))
+    assert seen_times == pytest.approx(times)
+    assert pool.choice.thresholds[-1] > 0.5
+    assert len(capabilities) > 1
 
 
 def test_rows_of_nested_batches():
