@@ -16,7 +16,7 @@ from lightning_distill.hardware.fusion import Fusion, find_fusions, fold_batch_n
 from lightning_distill.hardware.kernels import Kernel, Use, kernel_use
 from lightning_distill.hardware.latency import compute_latency, effective_throughput, roofline_latency, speedup
 from lightning_distill.hardware.layout import from_nchwc, pad_to_cacheline, to_nchwc
-from lightning_distill.hardware.onnx_calibration import calibrate_onnx
+from lightning_distill.hardware.onnx_calibration import calibrate_onnx, time_onnx
 from lightning_distill.hardware.operations import Convolution, Operation
 from lightning_distill.hardware.plot import plot_costs
 from lightning_distill.hardware.targets import TARGETS, Arithmetic, Target, target, tile_bytes, tile_size
@@ -68,5 +68,6 @@ __all__ = [
     "target",
     "tile_bytes",
     "tile_size",
+    "time_onnx",
     "to_nchwc",
 ]

@@ -87,7 +87,7 @@ def fit_kernels(
     names = sorted({use.kernel for of_network in uses for use in of_network})
     place = {kernel: 1 + _AMOUNTS * number for number, kernel in enumerate(names)}
     table = np.zeros((len(uses), 1 + _AMOUNTS * len(names)))
-    table[:, 0] = 1  # a run
+    table[:, 0] = runtime == "onnx"  # a session has to be called; eager mode only starts its operations
     for row, of_network in zip(table, uses, strict=True):
         for use in of_network:
             row[place[use.kernel] : place[use.kernel] + _AMOUNTS] += use.amounts

@@ -181,7 +181,8 @@ class _Counter(TorchDispatchMode):
         if cost is None:
             return result
         if view:
-            cost.operations += (Operation("view"),)
+            if not any(_place(value) in self._weights for value in read):  # a transposed weight belongs to its product
+                cost.operations += (Operation("view"),)
             return result
         cost.calls += 1
         flops = self.flops.get_total_flops() - before

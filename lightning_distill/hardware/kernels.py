@@ -17,7 +17,6 @@ RUNTIMES: tuple[str, ...] = get_args(Runtime)
 _MATRIX_BITS = (2, 4, 8)  # of weights alone that MatMulNBits has
 _CONVOLUTION_BITS = (4, 8)  # of weights alone that files hold
 _FLOAT_BYTES = 4
-_STRIDED = 4  # columns of neighbours are copied in rows, others number by number, which takes about so much longer
 _TORCH = {"norm": "function", "arithmetic": "activation"}
 _ONNX = {"norm": "activation"}  # both become part of the layer before
 
@@ -28,14 +27,14 @@ class Use:
 
     Attributes:
         kernel: Its name.
-        images: Of a batch, where each is a product of its own.
+        copies: Pieces of the inputs that are copied one by one, to unroll them into columns.
         flops: Multiplications and additions, with what is computed for padding.
-        activation_bytes: Read and written, with what is unrolled.
+        activation_bytes: Read and written; of unrolled inputs, those of the columns.
         weight_bytes: As they are stored.
     """
 
     kernel: str
-    images: int = 0
+    copies: float = 0.0
     flops: float = 0.0
     activation_bytes: float = 0.0
     weight_bytes: float = 0.0
@@ -43,16 +42,16 @@ class Use:
     @property
     def amounts(self) -> tuple[float, ...]:
         """One call, and the others, in the order of :attr:`Kernel.seconds`."""
-        return (1.0, self.images, self.flops, self.activation_bytes, self.weight_bytes)
+        return (1.0, self.copies, self.flops, self.activation_bytes, self.weight_bytes)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Seconds of a kernel: a constant per call and per image, and what operations and bytes take; all are added.
+    """Seconds of a kernel: a constant per call and per copy, and what operations and bytes take; all are added.
 
     Args:
         overhead: Seconds of a call, at least 0.
-        image: Seconds of each image of a convolution that is a product of matrices per image, at least 0.
+        copy: Seconds of each piece of the inputs that a convolution copies, at least 0.
         throughput: Operations per second, positive; infinity if arithmetic costs nothing.
         bandwidth: Bytes of inputs and outputs per second, positive or infinity.
         weight_bandwidth: Bytes of stored weights per second, positive or infinity.
@@ -62,13 +61,13 @@ class Kernel:
     """
 
     overhead: float = 0.0
-    image: float = 0.0
+    copy: float = 0.0
     throughput: float = math.inf
     bandwidth: float = math.inf
     weight_bandwidth: float = math.inf
 
     def __post_init__(self) -> None:
-        for name in ("overhead", "image"):
+        for name in ("overhead", "copy"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"`{name}` must be finite and at least 0, got {value}.")
         for name in ("throughput", "bandwidth", "weight_bandwidth"):
@@ -77,13 +76,13 @@ class Kernel:
 
     @classmethod
     def of_seconds(cls, seconds: Sequence[float]) -> Kernel:
-        """From the seconds of a call, an image, an operation and a byte of each kind."""
+        """From the seconds of a call, a copy, an operation and a byte of each kind."""
         return cls(*seconds[:2], *(1 / value if value else math.inf for value in seconds[2:]))
 
     @property
     def seconds(self) -> tuple[float, ...]:
-        """Of a call, an image, an operation, a byte of activations, and one of weights."""
-        return (self.overhead, self.image, 1 / self.throughput, 1 / self.bandwidth, 1 / self.weight_bandwidth)
+        """Of a call, a copy, an operation, a byte of activations, and one of weights."""
+        return (self.overhead, self.copy, 1 / self.throughput, 1 / self.bandwidth, 1 / self.weight_bandwidth)
 
     def latency(self, use: Use) -> float:
         """Seconds of one operation."""
@@ -110,10 +109,9 @@ def _torch_use(operation: Operation, cost: LayerCost) -> Use:
     shape = operation.convolution
     if shape is None:
         return _plain(operation, _TORCH.get(operation.kind, operation.kind), weights)
-    if shape.blocked:
-        return Use("convolution by blocks", 0, operation.flops * shape.padding, operation.activation_bytes, weights)
-    moved = operation.activation_bytes + _unrolled(shape, _FLOAT_BYTES)
-    return Use("convolution by columns", 0, operation.flops, moved, weights)
+    if not shape.blocked:
+        return _by_columns("convolution by columns", operation, shape, weights)
+    return Use("convolution by blocks", 0, operation.flops * shape.padding, operation.activation_bytes, weights)
 
 
 def _onnx_use(operation: Operation, cost: LayerCost) -> Use:
@@ -123,16 +121,26 @@ def _onnx_use(operation: Operation, cost: LayerCost) -> Use:
     shape = operation.convolution
     if shape is None:
         return _plain(operation, _ONNX.get(operation.kind, operation.kind) + arithmetic, weights)
-    kernel = f"{'depthwise ' if shape.depthwise else ''}convolution {shape.dimensions}d{arithmetic}"
-    if shape.dimensions == 2 and not arithmetic:  # in blocks of channels
-        return Use(kernel, 0, operation.flops * shape.padding, operation.activation_bytes, weights)
-    moved = operation.activation_bytes + _unrolled(shape, 1 if arithmetic == ", int8" else _FLOAT_BYTES)
-    return Use(kernel, shape.images, operation.flops, moved, weights)
+    kernel = ("depthwise convolution" if shape.depthwise else "convolution") + arithmetic
+    if shape.dimensions == 2 and not arithmetic:
+        blocks = f"{kernel} by blocks"
+        return Use(blocks, 0, operation.flops * shape.padding, operation.activation_bytes, weights)
+    return _by_columns(kernel, operation, shape, weights, integers=arithmetic == ", int8")
 
 
-def _unrolled(shape: Convolution, width: int) -> float:
-    """Bytes of columns that are written and read."""
-    return 2.0 * width * shape.columns * (_STRIDED if shape.strided else 1)
+def _by_columns(
+    kernel: str, operation: Operation, shape: Convolution, weights: float, *, integers: bool = False
+) -> Use:
+    """A product of matrices with inputs that are unrolled first, if they are not such a matrix themselves.
+
+    Numbers come row by row, from inputs of which positions are left out one by one. Integers are stored with their
+    channels beside each other, which are copied together.
+    """
+    if not shape.columns:
+        return Use(kernel, 0, operation.flops, operation.activation_bytes, weights)
+    piece = shape.inputs if integers else 1 if shape.strided else shape.row
+    width = 1 if integers else _FLOAT_BYTES
+    return Use(kernel, shape.columns / piece, operation.flops, 2.0 * width * shape.columns, weights)
 
 
 def _plain(operation: Operation, kernel: str, weights: float) -> Use:

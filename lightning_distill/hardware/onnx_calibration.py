@@ -21,6 +21,8 @@ from lightning_distill.quantization.onnx_runtime import onnx_latencies
 
 WEIGHTS_ALONE = (2, 4, 8)
 _SAMPLES = 4
+Measure = Callable[[Sequence[Path], Tensor], Sequence[float]]
+"""Seconds of each file for a batch."""
 
 
 def calibrate_onnx(
@@ -29,20 +31,15 @@ def calibrate_onnx(
     weights: Sequence[int] = WEIGHTS_ALONE,
     repeats: int = 20,
     threads: int = 1,
-    measure: Callable[[Sequence[Path], Tensor], Sequence[float]] | None = None,
+    measure: Measure | None = None,
     name: str = "calibrated in ONNX Runtime",
 ) -> CostModel:
     """Write small networks as ONNX files, time them here and fit a model to them: some minutes, on an idle machine.
 
-    Each network is timed in floating point, with weights and inputs of 8 bits, and with ``weights`` alone. The files of
-    a network are timed in turns, and the least time counts, as of
-    :func:`~lightning_distill.quantization.onnx_runtime.onnx_latency`.
-
     Args:
         networks: Networks with the shape of a sample and the sizes of batches, at least three. Default:
             :func:`~lightning_distill.hardware.calibration_networks`.
-        weights: Numbers of bits of weights whose inputs stay in floating point; networks without linear layers but the
-            last have no kernel of 2 bits and are left out there.
+        weights: See :func:`time_onnx`, as for the others.
         repeats: Timed runs of each file and batch.
         threads: Of the runtime.
         measure: Gives seconds of each file for a batch, instead.
@@ -52,10 +49,36 @@ def calibrate_onnx(
         ModuleNotFoundError: If the packages of the extra ``onnx`` are missing.
         ValueError: If there are less than three times of networks in floating point, or a number of bits is none.
     """
+    chosen = calibration_networks() if networks is None else networks
+    counts, seconds = time_onnx(chosen, weights=weights, repeats=repeats, threads=threads, measure=measure)
+    return fit_kernels(counts, seconds, runtime="onnx", name=name)
+
+
+def time_onnx(
+    networks: Sequence[Network],
+    *,
+    weights: Sequence[int] = WEIGHTS_ALONE,
+    repeats: int = 20,
+    threads: int = 1,
+    measure: Measure | None = None,
+) -> tuple[list[tuple[LayerCost, ...]], list[float]]:
+    """Counts and seconds of networks in ONNX Runtime: in floating point, with weights and inputs of 8 bits, and others.
+
+    The files of a network are timed in turns, and the least time counts, as of
+    :func:`~lightning_distill.quantization.onnx_runtime.onnx_latency`.
+
+    Args:
+        networks: Networks with the shape of a sample and the sizes of batches; they are left as they are.
+        weights: Numbers of bits of weights whose inputs stay in floating point. Networks without linear layers but the
+            last have no kernel of 2 bits and are left out there.
+        repeats: Timed runs of each file and batch.
+        threads: Of the runtime.
+        measure: Gives seconds of each file for a batch, instead.
+    """
     timed = measure or (lambda paths, batch: _least_seconds(paths, batch, repeats, threads))
     counts: list[tuple[LayerCost, ...]] = []
     seconds: list[float] = []
-    for network, shape, batches in calibration_networks() if networks is None else networks:
+    for network, shape, batches in networks:
         variants = _variants(network, torch.randn(_SAMPLES, *shape), weights)
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder) / f"{number}.onnx" for number in range(len(variants))]
@@ -65,7 +88,7 @@ def calibrate_onnx(
                 batch = torch.randn(size, *shape)
                 seconds += timed(paths, batch)
                 counts += [count_costs(variant, batch) for variant in variants]
-    return fit_kernels(counts, seconds, runtime="onnx", name=name)
+    return counts, seconds
 
 
 def _variants(network: nn.Module, samples: Tensor, weights: Sequence[int]) -> list[nn.Module]:

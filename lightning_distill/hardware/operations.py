@@ -29,7 +29,7 @@ class Convolution:
         groups: Of channels.
         inputs: Channels that each group reads.
         outputs: Channels that each group writes.
-        images: Of the batch.
+        row: Outputs beside each other, the last dimension.
         columns: Numbers of the inputs when every position has its own copy of them, as a product of matrices reads
             them; 0 where the input is such a matrix itself.
         strided: Whether positions are left out.
@@ -40,7 +40,7 @@ class Convolution:
     groups: int
     inputs: int
     outputs: int
-    images: int
+    row: int
     columns: int
     strided: bool
     blocked: bool
@@ -116,7 +116,7 @@ def convolution_of(args: tuple[Any, ...], output: Tensor) -> Convolution:
         groups=groups,
         inputs=weight.shape[0] // groups if transposed else weight.shape[1],
         outputs=weight.shape[1] if transposed else weight.shape[0] // groups,
-        images=image.shape[0],
+        row=output.shape[-1],
         columns=0 if pointwise and not strided else positions * groups * math.prod(weight.shape[1:]),
         strided=strided,
         blocked=large and worthwhile,

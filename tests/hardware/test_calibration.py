@@ -91,6 +91,7 @@ def test_a_fit_finds_the_constants_of_each_kernel(noise, outliers, tolerance):
     new = random_networks(40, seed=2)
     errors = [abs(seconds(found, each) / seconds(truth, each) - 1) for each in new]
     assert max(errors) < tolerance
+    assert fit_kernels(networks, times, runtime="torch").start == 0  # eager mode only starts operations
 
 
 def test_a_few_wrong_times_do_not_move_the_rest():

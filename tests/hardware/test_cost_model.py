@@ -19,7 +19,7 @@ LAYER = LayerCost("0", "Linear", calls=3, flops=2000, weight_bytes=100.0, activa
 MODEL = CostModel(overhead=1e-3, throughput=1e6, bandwidth=1e5, speedups={8: 4.0})
 CALIBRATED = CostModel(
     throughput=1e6,
-    kernels={"matrix": Kernel(overhead=1e-5, throughput=2e9), "matrix, int8": Kernel(image=1.0), "view": Kernel()},
+    kernels={"matrix": Kernel(overhead=1e-5, throughput=2e9), "matrix, int8": Kernel(copy=1.0), "view": Kernel()},
     runtime="onnx",
     start=3e-6,
 )
@@ -115,7 +115,7 @@ def test_other_files_and_names_are_refused(tmp_path):
         CostModel.load(tmp_path / "other.json")
     CALIBRATED.save(tmp_path / "kernels.json")
     text = (tmp_path / "kernels.json").read_text()
-    (tmp_path / "kernels.json").write_text(text.replace('"image"', '"picture"'))
+    (tmp_path / "kernels.json").write_text(text.replace('"copy"', '"picture"'))
     with pytest.raises(
         ValueError, match=r"the kernel 'matrix, int8' has \['picture'\], expected some of \['bandwidth'"
     ):

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_distill.hardware import CostModel, Kernel, LayerCost, Operation, Use, count_costs, kernel_use
 from lightning_distill.quantization import QuantSpec, prepare
 
-KERNEL = Kernel(overhead=1.0, image=0.5, throughput=10.0, bandwidth=4.0, weight_bandwidth=2.0)
+KERNEL = Kernel(overhead=1.0, copy=0.5, throughput=10.0, bandwidth=4.0, weight_bandwidth=2.0)
 
 
 def uses(model, batch, runtime, bits=None):
@@ -20,14 +20,14 @@ def uses(model, batch, runtime, bits=None):
 
 
 @pytest.mark.chapter("D46", api="lightning_distill.hardware.Kernel")
-def test_a_kernel_adds_calls_images_operations_and_bytes():
+def test_a_kernel_adds_calls_copies_operations_and_bytes():
     assert KERNEL.latency(Use("any")) == 1.0
-    assert KERNEL.latency(Use("any", images=4, flops=30, activation_bytes=8, weight_bytes=6)) == 1 + 2 + 3 + 2 + 3
+    assert KERNEL.latency(Use("any", copies=4, flops=30, activation_bytes=8, weight_bytes=6)) == 1 + 2 + 3 + 2 + 3
     assert Kernel().latency(Use("any", 4, 30, 8, 6)) == 0
 
 
 def test_more_work_never_takes_less_time():
-    base = {"images": 3, "flops": 5.0, "activation_bytes": 7.0, "weight_bytes": 9.0}
+    base = {"copies": 3, "flops": 5.0, "activation_bytes": 7.0, "weight_bytes": 9.0}
     for name in base:
         assert KERNEL.latency(Use("any", **base | {name: base[name] + 1})) > KERNEL.latency(Use("any", **base))
 
@@ -39,7 +39,7 @@ def test_a_kernel_comes_back_from_its_seconds_and_its_dictionary():
     assert Kernel(throughput=3.0).as_dict() == {"throughput": 3.0}
 
 
-@pytest.mark.parametrize("name", ["overhead", "image"])
+@pytest.mark.parametrize("name", ["overhead", "copy"])
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
 def test_seconds_must_be_finite_and_not_negative(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be finite and at least 0, got {value}"):
@@ -56,22 +56,22 @@ def test_rates_must_be_positive(name, value):
 def test_eager_mode_has_two_algorithms_for_convolutions():
     layer = nn.Conv2d(8, 16, 3, padding=1, bias=False)
     (one,) = uses(layer, torch.zeros(1, 8, 6, 6), "torch")
-    assert (one.kernel, one.flops, one.images) == ("convolution by columns", 2 * 36 * 8 * 16 * 9, 0)
-    assert one.activation_bytes == 4 * 36 * (8 + 16) + 2 * 4 * (36 * 8 * 9)
+    assert (one.kernel, one.flops, one.copies) == ("convolution by columns", 2 * 36 * 8 * 16 * 9, 36 * 8 * 9 / 6)
+    assert one.activation_bytes == 2 * 4 * (36 * 8 * 9)  # written and read
     (two,) = uses(layer, torch.zeros(2, 8, 6, 6), "torch")
     assert (two.kernel, two.flops) == ("convolution by blocks", 2 * 72 * 16 * 16 * 9)
     assert two.activation_bytes == 4 * 72 * (8 + 16)
     assert one.weight_bytes == two.weight_bytes == 4 * 8 * 16 * 9
 
 
-def test_strided_columns_are_copied_number_by_number():
-    moved = [
-        uses(nn.Conv1d(3, 8, 3, stride=stride), torch.zeros(1, 3, 2 * 9 + 1), runtime)[0].activation_bytes
-        for stride in (1, 2)
-        for runtime in ("torch", "onnx")
-    ]
-    assert moved[:2] == [4 * (3 * 19 + 8 * 17) + 8 * (17 * 9)] * 2
-    assert moved[2:] == [4 * (3 * 19 + 8 * 9) + 4 * 8 * (9 * 9)] * 2
+def test_columns_are_copied_row_by_row_and_strided_ones_number_by_number():
+    for runtime in ("torch", "onnx"):
+        (whole,) = uses(nn.Conv1d(3, 8, 3), torch.zeros(1, 3, 19), runtime)
+        (strided,) = uses(nn.Conv1d(3, 8, 3, stride=2), torch.zeros(1, 3, 19), runtime)
+        assert (whole.copies, whole.activation_bytes) == (9, 8 * 17 * 9)  # rows of 17 positions
+        assert (strided.copies, strided.activation_bytes) == (9 * 9, 8 * 9 * 9)
+        (pointwise,) = uses(nn.Conv1d(3, 8, 1), torch.zeros(1, 3, 19), runtime)
+        assert (pointwise.copies, pointwise.activation_bytes) == (0, 4 * 19 * (3 + 8))
 
 
 def test_kernels_of_eager_mode():
@@ -117,24 +117,22 @@ def test_linear_layers_of_onnx_runtime(spec, suffix, bits, rows, kernel):
 def test_convolutions_of_onnx_runtime_need_a_reader_of_integers(spec, suffixes):
     model = nn.Sequential(nn.Conv1d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv1d(4, 5, 3, bias=False))
     first, relu, second = uses(prepare(model, spec), torch.zeros(2, 3, 9), "onnx")
-    assert (first.kernel, second.kernel) == tuple(f"convolution 1d{suffix}" for suffix in suffixes)
+    assert (first.kernel, second.kernel) == tuple(f"convolution{suffix}" for suffix in suffixes)
     assert relu.kernel == "activation"
-    width = 1 if suffixes[0] == ", int8" else 4
-    assert first.activation_bytes == 4 * 2 * (3 * 9 + 4 * 7) + 2 * width * (2 * 7 * 9)
+    integers = suffixes[0] == ", int8"  # channels of a position are copied together, else positions of a channel
+    assert first.copies == 2 * 3 * (7 if integers else 3)
+    assert first.activation_bytes == 2 * (1 if integers else 4) * (2 * 7 * 9)
     assert first.weight_bytes == 36 * (1 if "4" not in suffixes[0] else 0.5)
-    assert first.images == 2
 
 
 def test_convolutions_of_onnx_runtime_in_floating_point():
     (flat,) = uses(nn.Conv1d(8, 8, 3), torch.zeros(2, 8, 9), "onnx")
     (image,) = uses(nn.Conv2d(8, 8, 3), torch.zeros(2, 8, 9, 9), "onnx")
     (each,) = uses(nn.Conv2d(8, 8, 3, groups=8), torch.zeros(2, 8, 9, 9), "onnx")
-    assert flat.kernel == "convolution 1d"
+    assert flat.kernel == "convolution"
     assert flat.flops == 2 * 2 * 7 * 64 * 3
-    assert image.kernel == "convolution 2d"
-    assert image.flops == 2 * 2 * 49 * 256 * 9  # in blocks of 16 channels
-    assert image.images == 0
-    assert each.kernel == "depthwise convolution 2d"
+    assert image == Use("convolution by blocks", 0, 2 * 2 * 49 * 256 * 9, 4 * 2 * 8 * (81 + 49), 4 * (8 * 8 * 9 + 8))
+    assert each.kernel == "depthwise convolution by blocks"
 
 
 def test_a_plan_of_bits_chooses_the_kernels():

@@ -43,7 +43,7 @@ def test_each_network_is_timed_in_floating_point_and_quantized():
         "matrix", "matrix, int8", "matrix, 2-bit weights", "matrix, 4-bit weights"
     }  # fmt: skip
     assert {name for name in found.kernels if name.startswith("convolution")} == {
-        "convolution 1d", "convolution 1d, int8", "convolution 1d, 4-bit weights"
+        "convolution", "convolution, int8", "convolution, 4-bit weights"
     }  # fmt: skip
     assert all(parameter.requires_grad for parameter in networks[0][0].parameters())
 

@@ -74,7 +74,7 @@ def test_of_a_table_of_embeddings_the_rows_that_are_looked_up_are_read():
 def test_columns_are_the_inputs_with_a_copy_for_each_position(layer, shape, columns):
     (operation,) = operations(layer, torch.zeros(shape))
     assert operation.convolution.columns == columns
-    assert operation.convolution.images == 2
+    assert operation.convolution.row == layer(torch.zeros(shape)).shape[-1]
     assert operation.convolution.strided == (max(layer.stride) > 1)
     if columns and layer.groups == 1:
         inputs = torch.zeros(shape) if len(shape) == 4 else torch.zeros(shape).unsqueeze(2)
@@ -90,7 +90,7 @@ def test_columns_are_the_inputs_with_a_copy_for_each_position(layer, shape, colu
     [(16, 32, 1, 1.0), (17, 16, 1, 32 / 17), (3, 16, 1, 1.0), (3, 8, 1, 2.0), (8, 8, 2, 4.0), (20, 20, 20, 32 / 20)],
 )
 def test_channels_are_padded_but_for_those_of_an_image(inputs, outputs, groups, factor):
-    shape = Convolution(2, groups, inputs // groups, outputs // groups, 1, 0, False, True)
+    shape = Convolution(2, groups, inputs // groups, outputs // groups, row=1, columns=0, strided=False, blocked=True)
     assert shape.padding == pytest.approx(factor)
     assert shape.depthwise == (groups == inputs)
 
