@@ -33,7 +33,7 @@ class CostCLI(DistillationCLI):
             "--cost.runtime",
             type=Literal["torch", "onnx"],
             default="torch",
-            help="What 'calibrate' measures: PyTorch's eager mode (half a minute), or ONNX Runtime, with the integer "
+            help="What 'calibrate' measures: PyTorch's eager mode (ten seconds), or ONNX Runtime, with the integer "
             "kernels of quantized networks (some minutes; needs the extra 'onnx').",
         )
         parser.add_argument("--cost.folder", type=str, default="runs/cost", help="Where table and picture are written.")

@@ -139,7 +139,7 @@ def calibrate_cost_model(
     turns: int = 3,
     name: str = "calibrated",
 ) -> CostModel:
-    """Measure small networks in eager mode here and fit a model to them: half a minute, on a machine that is idle.
+    """Measure small networks in eager mode here and fit a model to them: ten seconds, on a machine that is idle.
 
     Args:
         workloads: Networks and batches, at least three, of the kinds that will be estimated. Default:

@@ -135,6 +135,12 @@ def test_convolutions_of_onnx_runtime_in_floating_point():
     assert each.kernel == "depthwise convolution by blocks"
 
 
+def test_images_with_few_bits_are_not_computed_in_blocks():
+    model = prepare(nn.Sequential(nn.Conv2d(8, 8, 3)), QuantSpec(8))
+    (use,) = uses(model, torch.zeros(2, 8, 9, 9), "onnx")
+    assert (use.kernel, use.flops) == ("convolution, 8-bit weights", 2 * 2 * 49 * 64 * 9)
+
+
 def test_a_plan_of_bits_chooses_the_kernels():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     found = uses(model, torch.zeros(2, 4), "onnx", bits={"0": 4, "2": 32})
@@ -154,6 +160,7 @@ def test_a_model_takes_its_kernel_or_that_of_floating_point_or_its_constants():
     del known["matrix"]
     model = CostModel(overhead=1.0, throughput=10.0, bandwidth=4.0, speedups={8: 4.0}, kernels=known, runtime="onnx")
     assert model.latency(layer) == 1 + 40 / 10 / 4 + (4 + 4) / 4
+    assert CostModel(overhead=1.0, kernels=known).latency(LayerCost("0", "Linear", calls=3)) == 3.0  # as does a count
     assert CostModel(overhead=1.0).latency(layer) == 0  # without kernels, what the layer counts
     assert CostModel(overhead=1.0).latency(LayerCost("0", "Linear", calls=3, operations=(work,))) == 3.0
 

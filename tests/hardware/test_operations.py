@@ -44,6 +44,8 @@ def test_functions_have_one_too_and_views_are_kept():
     model, batch = Functions(), torch.zeros(1, 3, 4)
     assert kinds(model, batch) == ["attention", "function", "arithmetic", "matrix", "matrix", "arithmetic"]
     assert "view" in [operation.kind for operation in operations(model, batch)]
+    # … but for those of weights: a product transposes its own
+    assert [operation.kind for operation in operations(nn.Linear(4, 3), torch.zeros(5, 4))] == ["matrix"]
 
 
 def test_operations_add_up_to_their_layer():
@@ -134,6 +136,24 @@ def test_layers_know_whether_all_that_read_them_quantize():
     feeding = {cost.name for cost in count_costs(model, batch) if cost.feeds_integers}
     assert feeding == {"second", "last"}
     assert {cost.activation_bits for cost in count_costs(model, batch) if "." not in cost.name and cost.flops} == {8}
+
+
+class Normalized(nn.Module):
+    """One convolution behind a normalization is read by a layer, another one by the caller too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv1d(4, 4, 3, padding=1) for _ in range(3))
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        second = self.second(self.norm(self.first(x)))
+        return self.third(second), second
+
+
+def test_normalization_passes_integers_on_and_the_caller_reads_numbers():
+    model = prepare(Normalized(), QuantSpec(8, 8))
+    assert [cost.name for cost in count_costs(model, torch.zeros(2, 4, 8)) if cost.feeds_integers] == ["first"]
 
 
 def test_weights_alone_feed_no_integers():
