@@ -94,9 +94,10 @@ class Budget:
         for choice in (*bits, FLOAT):
             counts = count_costs(network, batch, run=run, bits=dict.fromkeys(sizes, choice))
             found[choice] = {cost.name: of_layer(cost) for cost in counts}
+        start = self.model.start if self.unit == "seconds" else 0.0
         table = {layer: {choice: found[choice].get(layer, 0.0) for choice in bits} for layer in sizes}
-        rest = math.fsum(value for name, value in found[FLOAT].items() if name not in sizes)
-        return Costs(table, rest, math.fsum(found[FLOAT].values()), sizes)
+        rest = math.fsum((start, *(value for name, value in found[FLOAT].items() if name not in sizes)))
+        return Costs(table, rest, math.fsum((start, *found[FLOAT].values())), sizes)
 
     def limit(self, costs: Costs) -> float:
         """The largest sum of the table's costs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_distill.cli.commands import use_configuration
 from lightning_distill.cli.trainer import DistillationCLI
 from lightning_distill.files import write_text
-from lightning_distill.hardware import calibrate_cost_model, cost_model
+from lightning_distill.hardware import calibrate_cost_model, calibrate_onnx, cost_model
 from lightning_distill.hardware.plot import plot_costs
 from lightning_distill.modules import DistillationModule
 
@@ -28,6 +28,13 @@ class CostCLI(DistillationCLI):
             default="calibrate",
             help="'calibrate' (measure some networks on this CPU, and write the model to the folder), the file of an "
             "earlier calibration, or a preset: 'ideal' or 'compute'.",
+        )
+        parser.add_argument(
+            "--cost.runtime",
+            type=Literal["torch", "onnx"],
+            default="torch",
+            help="What 'calibrate' measures: PyTorch's eager mode (ten seconds), or ONNX Runtime, with the integer "
+            "kernels of quantized networks (some minutes; needs the extra 'onnx').",
         )
         parser.add_argument("--cost.folder", type=str, default="runs/cost", help="Where table and picture are written.")
         for name in ("ckpt_path", "weights_only"):  # a configuration of `fit` may have them
@@ -52,7 +59,7 @@ def _estimate(cli: CostCLI) -> None:
     cli.datamodule.setup("fit")
     batch = next(iter(cli.datamodule.train_dataloader()))
     if options["model"] == "calibrate":
-        model = calibrate_cost_model()
+        model = calibrate_onnx() if options["runtime"] == "onnx" else calibrate_cost_model()
         model.save(folder / "cost_model.json")
     else:
         model = cost_model(options["model"])

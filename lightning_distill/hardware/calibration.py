@@ -5,25 +5,31 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from lightning_distill.hardware.cost_model import CostModel
 from lightning_distill.hardware.counting import LayerCost, count_costs
+from lightning_distill.hardware.kernels import Kernel, Runtime, Use, kernel_use
+from lightning_distill.hardware.workloads import Workload, calibration_workloads
 from lightning_distill.modes import inference
 
-Workload = tuple[nn.Module, Tensor]
-"""A network and a batch for it."""
+_AMOUNTS = len(Use("").amounts)
+_REWEIGHTED = 8  # times, for a fit that a few wrong times do not spoil
 
 
 def fit_cost_model(
     counts: Sequence[Sequence[LayerCost]], seconds: Sequence[float], *, name: str = "calibrated"
 ) -> CostModel:
     """Overhead, throughputs and bandwidth of the least squared relative error, none of them negative.
+
+    The same constants for all kinds of operations; :func:`fit_kernels` finds some for each.
 
     Args:
         counts: Of at least three networks in float32, see :func:`count_costs`.
@@ -37,14 +43,9 @@ def fit_cost_model(
     Raises:
         ValueError: If there are less than three networks, not one time for each, or a time is not positive.
     """
-    if len(counts) < 3 or len(counts) != len(seconds):
-        raise ValueError(f"A fit needs one time for each of at least 3 networks, got {len(counts)}, {len(seconds)}.")
-    if wrong := [value for value in seconds if not value > 0]:
-        raise ValueError(f"`seconds` must be positive, got {wrong[0]}.")
-    table = np.array([_features(costs) for costs in counts], dtype=np.float64) / np.array(seconds)[:, None]
-    scale = table.max(axis=0).clip(min=np.finfo(np.float64).tiny)  # columns of very different size
-    found, _ = nnls(table / scale, np.ones(len(table)))
-    overhead, per_flop, per_convolution_flop, per_byte = (float(value) for value in found / scale)
+    _check(counts, seconds)
+    table = np.array([_features(costs) for costs in counts], dtype=np.float64)
+    overhead, per_flop, per_convolution_flop, per_byte = _least_relative(table, seconds, reweighted=0)
     return CostModel(
         overhead=overhead,
         throughput=_rate(per_flop),
@@ -52,6 +53,48 @@ def fit_cost_model(
         bandwidth=_rate(per_byte),
         name=name,
     )
+
+
+def fit_kernels(
+    counts: Sequence[Sequence[LayerCost]],
+    seconds: Sequence[float],
+    *,
+    runtime: Runtime = "torch",
+    name: str = "calibrated",
+) -> CostModel:
+    """Constants for each kernel that the networks use, of a small relative error, none negative.
+
+    Squared relative errors count up to twice their median, and larger ones linearly (Huber): a few wrong times do not
+    move the rest. Kernels that always come together cannot be told apart.
+
+    Args:
+        counts: Of networks, quantized ones too; at least three are in floating point.
+        seconds: How long each took for its batch in ``runtime``, positive.
+        runtime: ``"torch"`` or ``"onnx"``.
+        name: Of the model.
+
+    Returns:
+        The model; its constants for all operations are those of the networks in floating point.
+
+    Raises:
+        ValueError: If there are less than three networks in floating point, not one time for each, or a time is not
+            positive.
+    """
+    _check(counts, seconds)
+    plain = [i for i, costs in enumerate(counts) if all(cost.weight_bits > 8 for cost in costs)]
+    simple = fit_cost_model([counts[i] for i in plain], [seconds[i] for i in plain], name=name)
+    uses = [[kernel_use(each, cost, runtime) for cost in costs for each in cost.operations] for costs in counts]
+    names = sorted({use.kernel for of_network in uses for use in of_network})
+    place = {kernel: 1 + _AMOUNTS * number for number, kernel in enumerate(names)}
+    table = np.zeros((len(uses), 1 + _AMOUNTS * len(names)))
+    table[:, 0] = runtime == "onnx"  # a session has to be called; eager mode only starts its operations
+    for row, of_network in zip(table, uses, strict=True):
+        for use in of_network:
+            row[place[use.kernel] : place[use.kernel] + _AMOUNTS] += use.amounts
+    start, *found = _least_relative(table, seconds, reweighted=_REWEIGHTED)
+    constants = zip(*[iter(found)] * _AMOUNTS, strict=True)
+    kernels = {kernel: Kernel.of_seconds(each) for kernel, each in zip(names, constants, strict=True)}
+    return replace(simple, kernels=kernels, runtime=runtime, start=start)
 
 
 def measure_latency(
@@ -93,35 +136,47 @@ def calibrate_cost_model(
     workloads: Sequence[Workload] | None = None,
     *,
     measure: Callable[[nn.Module, Tensor], float] = measure_latency,
+    turns: int = 3,
     name: str = "calibrated",
 ) -> CostModel:
-    """Measure small networks here and fit a model to them: some seconds, in which the machine should be idle.
+    """Measure small networks in eager mode here and fit a model to them: ten seconds, on a machine that is idle.
 
     Args:
         workloads: Networks and batches, at least three, of the kinds that will be estimated. Default:
             :func:`calibration_workloads`, on the CPU.
         measure: Gives seconds of a network and a batch.
+        turns: How often each is measured, one after the other; the median counts.
         name: Of the model.
 
     Raises:
-        ValueError: If there are less than three networks.
+        ValueError: If there are less than three networks, or ``turns`` is not positive.
     """
+    if turns < 1:
+        raise ValueError(f"`turns` must be positive, got {turns}.")
     chosen = calibration_workloads() if workloads is None else workloads
     counts = [count_costs(network, batch) for network, batch in chosen]
-    return fit_cost_model(counts, [measure(network, batch) for network, batch in chosen], name=name)
+    times = [[measure(network, batch) for network, batch in chosen] for _ in range(turns)]
+    return fit_kernels(counts, [statistics.median(each) for each in zip(*times, strict=True)], name=name)
 
 
-def calibration_workloads() -> list[Workload]:
-    """Perceptrons, convolutional networks and transformers of several sizes, with batches of 1 and more."""
-    sizes = [(64, 64, 10), (256, 512, 512, 10), (1024, 1024, 1024, 1024)]
-    work: list[Workload] = [(_mlp(each), torch.randn(batch, each[0])) for each in sizes for batch in (1, 16, 128)]
-    for widths in ((8, 16), (16, 32, 64), (64, 96)):
-        work += [(_convolutional(widths, 2), torch.randn(batch, 3, 24, 24)) for batch in (1, 8, 32)]
-    for widths in ((16, 32), (24, 48, 24)):
-        work += [(_convolutional(widths, 1), torch.randn(batch, 3, 64)) for batch in (1, 16, 128)]
-    for width, depth in ((32, 1), (64, 3), (192, 2)):
-        work += [(_transformer(width, depth), torch.randn(batch, 32, width)) for batch in (1, 8)]
-    return work
+def _check(counts: Sequence[Sequence[LayerCost]], seconds: Sequence[float]) -> None:
+    if len(counts) < 3 or len(counts) != len(seconds):
+        raise ValueError(f"A fit needs one time for each of at least 3 networks, got {len(counts)}, {len(seconds)}.")
+    if wrong := [value for value in seconds if not value > 0]:
+        raise ValueError(f"`seconds` must be positive, got {wrong[0]}.")
+
+
+def _least_relative(table: NDArray[Any], seconds: Sequence[float], *, reweighted: int) -> list[float]:
+    """Factors, none negative, with which the columns of ``table`` add up to ``seconds``."""
+    relative = table / np.array(seconds)[:, None]
+    scale = np.where(relative.any(axis=0), relative.max(axis=0), 1.0)  # columns of very different size
+    weights = np.ones(len(relative))
+    for _ in range(reweighted + 1):
+        found, _ = nnls(relative / scale * weights[:, None], weights)
+        errors = np.abs(relative / scale @ found - 1)
+        bound = max(2 * float(np.median(errors)), 1e-9)
+        weights = np.sqrt(bound / np.maximum(errors, bound))
+    return [float(value) for value in found / scale]
 
 
 def _features(costs: Sequence[LayerCost]) -> list[float]:
@@ -138,26 +193,3 @@ def _rate(seconds: float) -> float:
 def _wait(batch: Tensor) -> None:
     if batch.device.type == "cuda":
         torch.cuda.synchronize(batch.device)
-
-
-def _mlp(sizes: Sequence[int]) -> nn.Module:
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _convolutional(widths: Sequence[int], dimensions: int) -> nn.Module:
-    convolution = nn.Conv1d if dimensions == 1 else nn.Conv2d
-    norm = nn.BatchNorm1d if dimensions == 1 else nn.BatchNorm2d
-    pool = nn.AdaptiveAvgPool1d if dimensions == 1 else nn.AdaptiveAvgPool2d
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise((3, *widths)):
-        layers += [convolution(inputs, outputs, 3, stride=2, padding=1, bias=False), norm(outputs), nn.ReLU()]
-        layers += [convolution(outputs, outputs, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, pool(1), nn.Flatten(), nn.Linear(widths[-1], 10))
-
-
-def _transformer(width: int, depth: int) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True, activation="gelu")
-    return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)

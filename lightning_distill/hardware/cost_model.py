@@ -11,8 +11,10 @@ from typing import Any
 from torch import nn
 
 from lightning_distill.files import read_json, write_json
-from lightning_distill.hardware.counting import LayerCost, count_costs, stored_bytes
+from lightning_distill.hardware.counting import LayerCost, alone, count_costs, stored_bytes
 from lightning_distill.hardware.energy import DRAM_NANOJOULES, PICOJOULES, energy
+from lightning_distill.hardware.kernels import RUNTIMES, Kernel, Runtime, floating, kernel_use
+from lightning_distill.hardware.operations import Operation
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,18 @@ class CostReport:
         layers: In the order of the first use.
         size: Bytes of the stored network.
         model: Name of the cost model.
+        start: Seconds that the runtime takes for a batch whatever the layers are.
     """
 
     layers: tuple[LayerEstimate, ...]
     size: int
     model: str
+    start: float = 0.0
 
     @property
     def latency(self) -> float:
-        """Seconds of all layers, one after the other."""
-        return math.fsum(layer.latency for layer in self.layers)
+        """Seconds of all layers, one after the other, and of the start."""
+        return math.fsum((self.start, *(layer.latency for layer in self.layers)))
 
     @property
     def energy(self) -> float:
@@ -59,13 +63,15 @@ class CostReport:
         return math.fsum(layer.cost.bytes for layer in self.layers)
 
     def __str__(self) -> str:
-        width = max([len("all"), *(len(layer.cost.name) for layer in self.layers)])
+        width = max([len("start"), *(len(layer.cost.name) for layer in self.layers)])
         head = f"{'layer':{width}}  {'kind':<18} bits       MFLOP       kB moved          µs        µJ"
         rows = [
             f"{layer.cost.name:{width}}  {layer.cost.kind[:18]:<18} {layer.cost.weight_bits:>4} "
             f"{_row(layer.cost.flops, layer.cost.bytes, layer.latency, layer.energy)}"
             for layer in self.layers
         ]
+        if self.start:
+            rows.append(f"{'start':{width}}  {'':<18} {'':>4} {_row(0, 0, self.start, 0)}")
         total = f"{'all':{width}}  {'':<18} {'':>4} {_row(self.flops, self.bytes, self.latency, self.energy)}"
         return "\n".join([head, *rows, total, f"{self.size:,} bytes stored; cost model: {self.model}"])
 
@@ -74,10 +80,12 @@ class CostReport:
 class CostModel:
     """Seconds of a layer: ``calls * overhead + flops / throughput + bytes / bandwidth``.
 
-    A convolution has a throughput of its own, and its channels count in whole blocks of 16.
+    A convolution has a throughput of its own, and its channels count in whole blocks of 16. The three are added: they
+    overlap on real machines, but a sum is what fits measurements of small networks, and it never becomes negative.
 
-    The three are added: they overlap on real machines, but a sum is what fits measurements of small networks, and it
-    never becomes negative.
+    A calibration also has ``kernels``: constants for each kind of operation and, of ONNX Runtime, each width of its
+    arithmetic. An operation whose kernel was measured takes what that says. Where only the same kernel in floating
+    point was measured, that one counts; without any, the formula above does.
 
     Args:
         overhead: Seconds to start one operation, at least 0.
@@ -91,9 +99,12 @@ class CostModel:
             The defaults are published figures of 45 nm; nothing of energy is measured here.
         access_nanojoules: Energy of one access of 8 bytes to DRAM.
         name: What a report calls it.
+        kernels: By their names, see :func:`~lightning_distill.hardware.kernel_use`.
+        runtime: Whose kernels they are: ``"torch"`` (eager mode) or ``"onnx"`` (ONNX Runtime).
+        start: Seconds of a network's run that no layer takes, at least 0.
 
     Raises:
-        ValueError: If a number is outside its range or ``picojoules`` is empty.
+        ValueError: If a number is outside its range, ``picojoules`` is empty or the runtime unknown.
 
     Example:
         >>> model = CostModel(overhead=1e-6, throughput=1e9, bandwidth=1e9)
@@ -109,10 +120,14 @@ class CostModel:
     picojoules: Mapping[int, float] = field(default_factory=lambda: dict(PICOJOULES))
     access_nanojoules: float = DRAM_NANOJOULES
     name: str = "custom"
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    runtime: Runtime = "torch"
+    start: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overhead < math.inf:
-            raise ValueError(f"`overhead` must be finite and at least 0, got {self.overhead}.")
+        for name, value in {"overhead": self.overhead, "start": self.start}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be finite and at least 0, got {value}.")
         rates = {"throughput": self.throughput, "bandwidth": self.bandwidth}
         if self.convolution_throughput is not None:
             rates["convolution_throughput"] = self.convolution_throughput
@@ -122,9 +137,23 @@ class CostModel:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
         if not self.picojoules:
             raise ValueError("`picojoules` must have at least one width, got none.")
+        if self.runtime not in RUNTIMES:
+            raise ValueError(f"`runtime` must be one of {list(RUNTIMES)}, got {self.runtime!r}.")
 
     def latency(self, cost: LayerCost) -> float:
         """Seconds of one layer."""
+        if not self.kernels or not cost.operations:
+            return self._counted(cost)
+        return math.fsum(self._operation(operation, cost) for operation in cost.operations)
+
+    def _operation(self, operation: Operation, cost: LayerCost) -> float:
+        use = kernel_use(operation, cost, self.runtime)
+        if kernel := self.kernels.get(use.kernel) or self.kernels.get(floating(use.kernel)):
+            return kernel.latency(use)
+        return self._counted(alone(operation, cost))
+
+    def _counted(self, cost: LayerCost) -> float:
+        """By the constants for all kinds of operations."""
         if self.convolution_throughput is None:
             arithmetic = cost.flops / self.throughput
         else:
@@ -149,11 +178,13 @@ class CostModel:
     def report(self, costs: Sequence[LayerCost], *, size: int) -> CostReport:
         """The same from counts that are there already."""
         layers = tuple(LayerEstimate(cost, self.latency(cost), self.energy(cost)) for cost in costs)
-        return CostReport(layers, size, self.name)
+        return CostReport(layers, size, self.name, self.start)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON; what is infinite, as by default, is left out."""
-        write_json(Path(path), {name: value for name, value in asdict(self).items() if value not in (math.inf, None)})
+        values = {name: value for name, value in asdict(self).items() if value not in (math.inf, None)}
+        values["kernels"] = {name: kernel.as_dict() for name, kernel in self.kernels.items()}
+        write_json(Path(path), values)
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
@@ -169,7 +200,19 @@ class CostModel:
             raise ValueError(f"{str(path)!r} is no cost model: expected the keys {sorted(expected)}.")
         for name in ("speedups", "picojoules"):
             values[name] = {int(bits): value for bits, value in values[name].items()}
+        values["kernels"] = {
+            name: _kernel(path, name, constants) for name, constants in values.get("kernels", {}).items()
+        }
         return cls(**values)
+
+
+def _kernel(path: str | Path, name: str, constants: Mapping[str, float]) -> Kernel:
+    if wrong := set(constants) - set(Kernel.__dataclass_fields__):
+        raise ValueError(
+            f"{str(path)!r} is no cost model: the kernel {name!r} has {sorted(wrong)}, expected some of "
+            f"{sorted(Kernel.__dataclass_fields__)}."
+        )
+    return Kernel(**constants)
 
 
 _IDEAL = {bits: 32 / bits for bits in (1, 2, 4, 8, 16, 32)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_distill.hardware.alignment import align_channels
+from lightning_distill.hardware.operations import Operation, Readers, convolution_of, kind_of
 from lightning_distill.modes import inference, run_batch
 from lightning_distill.quantization import full_precision, quantized_layers, size_report
 
 ROOT = "(network)"
-_BLOCK = 16
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch counts the GPU's only
 
 
@@ -33,11 +32,14 @@ class LayerCost:
         flops: Multiplications and additions of products of matrices, convolutions and attention: two per MAC.
         convolution_flops: Those of ``flops`` that are a convolution's.
         padded_flops: ``convolution_flops`` with the channels of a group rounded up to whole blocks of 16, as vector
-            units compute them: 3 channels take as long as 16.
+            units compute them: 17 channels take as long as 32. Up to 4 input channels stay as they are.
         weight_bytes: Of parameters and buffers that are read, each as often as it is read, at ``weight_bits``.
         activation_bytes: Of everything else that operations read and write.
         weight_bits: Bits of a weight.
         compute_bits: Width of the arithmetic: the wider one of weights and inputs.
+        activation_bits: Bits that the layer quantizes its inputs to; ``None`` if it does not.
+        feeds_integers: Whether every reader of its output quantizes it, behind normalization, ReLU and views at most.
+        operations: Each operation, as the kernels of a calibration need it.
     """
 
     name: str
@@ -50,6 +52,9 @@ class LayerCost:
     activation_bytes: float = 0.0
     weight_bits: int = 32
     compute_bits: int = 32
+    activation_bits: int | None = None
+    feeds_integers: bool = False
+    operations: tuple[Operation, ...] = ()
 
     @property
     def bytes(self) -> float:
@@ -93,8 +98,23 @@ def count_costs(
         stack.callback(counter.remove)
         stack.enter_context(counter.flops)
         stack.enter_context(counter)
-        (run or run_batch)(model, batch)
+        counter.end((run or run_batch)(model, batch))
     return tuple(cost for cost in counter.costs.values() if cost.calls)
+
+
+def alone(operation: Operation, cost: LayerCost) -> LayerCost:
+    """What the layer would cost with one of its operations."""
+    shape = operation.convolution
+    return replace(
+        cost,
+        calls=1,
+        flops=operation.flops,
+        convolution_flops=operation.flops if shape else 0,
+        padded_flops=operation.flops * shape.padding if shape else 0.0,
+        weight_bytes=operation.parameters * cost.weight_bits / 8,
+        activation_bytes=operation.activation_bytes,
+        operations=(operation,),
+    )
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -113,7 +133,7 @@ class _Counter(TorchDispatchMode):
         self.costs: dict[str, LayerCost] = {}
         self._running: list[str] = []
         self._weights: dict[int, int] = {}  # bits of a value, by where it is stored
-        self._bits: dict[str, tuple[int, int]] = {}
+        self._bits: dict[str, tuple[int, int, int | None]] = {}
         quantized = quantized_layers(model)
         own = next((8 * p.element_size() for p in model.parameters() if p.is_floating_point()), 32)
         for tensor in (*model.parameters(), *model.buffers()):
@@ -122,8 +142,10 @@ class _Counter(TorchDispatchMode):
         for name, weight in plan.items():
             layer: Any = model.get_submodule(name)
             self._weights[_place(layer.weight)] = weight
-            self._bits[name] = (weight, max(weight, getattr(layer, "activation_bits", None) or own))
+            inputs = getattr(layer, "activation_bits", None)
+            self._bits[name] = (weight, max(weight, inputs or own), inputs)
         self._own = own
+        self._readers = Readers(frozenset(name for name, (_, _, inputs) in self._bits.items() if inputs is not None))
         self._handles = []
         for name, module in model.named_modules():
             self._handles.append(module.register_forward_pre_hook(_Enter(self, name or ROOT), prepend=True))
@@ -136,9 +158,14 @@ class _Counter(TorchDispatchMode):
     def enter(self, name: str, module: nn.Module) -> None:
         self._running.append(name)
         if name not in self.costs:
-            weight, compute = self._bits.get(name, (self._own, self._own))
+            weight, compute, inputs = self._bits.get(name, (self._own, self._own, None))
             kind = type(module).__name__.removeprefix("Quantized")
-            self.costs[name] = LayerCost(name, kind, weight_bits=weight, compute_bits=compute)
+            self.costs[name] = LayerCost(name, kind, weight_bits=weight, compute_bits=compute, activation_bits=inputs)
+
+    def end(self, output: Any) -> None:
+        """The network has said ``output``."""
+        for name in self._readers.end([value for value in tree_leaves(output) if isinstance(value, Tensor)]):
+            self.costs[name].feeds_integers = True
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._running.pop()
@@ -149,20 +176,28 @@ class _Counter(TorchDispatchMode):
         cost = self.costs.get(self._running[-1]) if self._running else None
         read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         written = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        if cost is None or _is_view(func, read, written):
+        view, kind = _is_view(func, read, written), kind_of(func, args)
+        self._readers.see(cost.name if cost else "", kind, read, written, view=view)
+        if cost is None:
+            return result
+        if view:
+            if not any(_place(value) in self._weights for value in read):  # a transposed weight belongs to its product
+                cost.operations += (Operation("view"),)
             return result
         cost.calls += 1
         flops = self.flops.get_total_flops() - before
         cost.flops += flops
-        if "convolution" in func.name():
+        shape = convolution_of(args, written[0]) if kind == "convolution" else None
+        if shape is not None:
             cost.convolution_flops += flops
-            cost.padded_flops += flops * _padding(args[1].shape, args[8])
-        for value in read:
-            if (bits := self._weights.get(_place(value))) is not None:
-                cost.weight_bytes += value.numel() * bits / 8
-            else:
-                cost.activation_bytes += value.numel() * value.element_size()
-        cost.activation_bytes += sum(value.numel() * value.element_size() for value in written)
+            cost.padded_flops += flops * shape.padding
+        parameters = {value: _numbers(func, value, written) for value in read if _place(value) in self._weights}
+        moved = float(sum(value.numel() * value.element_size() for value in written))
+        moved += sum(value.numel() * value.element_size() for value in read if _place(value) not in self._weights)
+        cost.weight_bytes += sum(count * self._weights[_place(value)] / 8 for value, count in parameters.items())
+        cost.activation_bytes += moved
+        if kind is not None:
+            cost.operations += (Operation(kind, flops, sum(parameters.values()), moved, shape),)
         return result
 
 
@@ -175,13 +210,10 @@ class _Enter:
         self.counter.enter(self.name, module)
 
 
-def _padding(weight: torch.Size, groups: int) -> float:
-    """How many times more a convolution computes with its channels in whole blocks; depthwise, groups are channels."""
-    outputs, inputs = weight[0] // groups, weight[1]
-    if groups > 1 and outputs == inputs == 1:
-        return align_channels(groups, _BLOCK, mode="ceil") / groups
-    padded = align_channels(outputs, _BLOCK, mode="ceil") * align_channels(inputs, _BLOCK, mode="ceil")
-    return padded / (outputs * inputs)
+def _numbers(func: Any, parameter: Tensor, written: list[Tensor]) -> int:
+    """How many numbers of a parameter are read: of a table of embeddings the rows that come out."""
+    looked_up = func.overloadpacket.__name__ == "embedding"
+    return sum(value.numel() for value in written) if looked_up else parameter.numel()
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

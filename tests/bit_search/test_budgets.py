@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_distill.bit_search import BitSearchResult, PlanLoss, RoundedWeights, search_bits
 from lightning_distill.bit_search.budgets import Budget
-from lightning_distill.hardware import CostModel, count_costs
+from lightning_distill.hardware import CostModel, Kernel, count_costs
 from lightning_distill.networks import MLP
 from lightning_distill.quantization import QuantSpec, calibrate, prepare, quantized_layers, set_bits
 from lightning_distill.tasks import Classification
@@ -82,6 +82,44 @@ def test_arithmetic_is_as_wide_as_weights_and_inputs_together(network, batches):
     assert costs.rest == pytest.approx(sum(map(MACHINE.latency, others)))
     set_bits(network, {"head": 8})
     assert all(layer.weight_scale.equal(before[name]) for name, layer in quantized_layers(network).items())
+
+
+@pytest.mark.chapter("D46", api=API)
+def test_a_calibration_of_integer_kernels_decides_with_its_times(network, batches, tmp_path):
+    # 4-bit weights are the fastest ones, 2-bit weights slower than 8: the search must not take bits for seconds
+    kernels = {
+        "matrix": Kernel(overhead=9.0),
+        "matrix, 8-bit weights": Kernel(overhead=4.0),
+        "matrix, 4-bit weights": Kernel(overhead=1.0),
+        "matrix, 2-bit weights": Kernel(overhead=5.0),
+        "activation": Kernel(overhead=0.5),
+        "view": Kernel(),
+    }
+    CostModel(kernels=kernels, runtime="onnx", start=0.25).save(tmp_path / "machine.json")
+    settings = {"cost_model": tmp_path / "machine.json", "bits": BITS, "refinement": "greedy"}
+    fast = search_bits(network, batches, max_latency=0.25 + 2 * 0.5 + 3, **settings)
+    assert set(fast.plan.values()) == {4}
+    assert fast.cost == pytest.approx(4.25)
+    slower = search_bits(network, batches, max_latency=4.25 + 3, **settings)
+    assert sorted(slower.plan.values()) == [4, 4, 8]
+    prepare(network, overrides=slower.plan)
+    assert slower.cost == pytest.approx(CostModel.load(tmp_path / "machine.json").estimate(network, batches[0]).latency)
+    with pytest.raises(ValueError, match=r"`max_latency` is 4.2, but the cheapest plan needs 4.25"):
+        search_bits(MLP((6, 12, 8, 3)), batches, max_latency=4.2, **settings)
+    energy = Budget(max_energy=1.0, cost_model=tmp_path / "machine.json").costs(
+        MLP((6, 12, 8, 3)), batches[0], {"head": 24}, BITS, run
+    )
+    assert energy.rest < 1e-3  # joules have no start
+
+
+def test_quantized_inputs_let_all_bits_take_as_long(network, batches):
+    prepare(network, QuantSpec(8, 8))
+    calibrate(network, batches)
+    kernels = {"matrix": Kernel(overhead=9.0), "matrix, int8": Kernel(overhead=2.0, weight_bandwidth=1e3)}
+    machine = CostModel(kernels=kernels, runtime="onnx")
+    costs = Budget(max_latency=1.0, cost_model=machine).costs(network, batches[0], {"head": 24}, BITS, run)
+    assert len(set(costs.table["head"].values())) == 1
+    assert costs.table["head"][2] == pytest.approx(2 + (8 * 3 + 3) / 1e3)
 
 
 def test_a_result_comes_back_from_json_and_is_drawn(network, batches, tmp_path):

@@ -30,6 +30,16 @@ def test_it_calibrates_by_default(tmp_path, monkeypatch, capsys):
     assert "cost model: me" in capsys.readouterr().out
 
 
+def test_it_calibrates_onnx_runtime_if_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lightning_distill.cli.cost.calibrate_onnx", lambda: CostModel(runtime="onnx", start=2e-6))
+    main(["cost", "-c", str(EXAMPLE), "--cost.runtime", "onnx", "--cost.folder", str(tmp_path)])
+    assert CostModel.load(tmp_path / "cost_model.json").runtime == "onnx"
+    assert "start" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["cost", "-c", str(EXAMPLE), "--cost.runtime", "tflite", "--cost.folder", str(tmp_path)])
+    assert "tflite" in capsys.readouterr().err
+
+
 def test_an_unknown_model_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"lightning-distill cost: The cost model must be one of .*, got 'fast'"):
         main(["cost", "-c", str(EXAMPLE), "--cost.model", "fast", "--cost.folder", str(tmp_path)])

@@ -4,10 +4,25 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_distill.hardware import PRESETS, CostModel, LayerCost, cost_model, count_costs, plot_costs, speedup
+from lightning_distill.hardware import (
+    PRESETS,
+    CostModel,
+    Kernel,
+    LayerCost,
+    cost_model,
+    count_costs,
+    plot_costs,
+    speedup,
+)
 
 LAYER = LayerCost("0", "Linear", calls=3, flops=2000, weight_bytes=100.0, activation_bytes=300.0)
 MODEL = CostModel(overhead=1e-3, throughput=1e6, bandwidth=1e5, speedups={8: 4.0})
+CALIBRATED = CostModel(
+    throughput=1e6,
+    kernels={"matrix": Kernel(overhead=1e-5, throughput=2e9), "matrix, int8": Kernel(copy=1.0), "view": Kernel()},
+    runtime="onnx",
+    start=3e-6,
+)
 
 
 @pytest.mark.chapter("D46", api="lightning_distill.hardware.CostModel")
@@ -76,8 +91,18 @@ def test_a_report_adds_its_layers():
     assert lines[-1] == "184 bytes stored; cost model: custom"
 
 
+def test_a_run_takes_its_start_beside_its_layers():
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    report = CALIBRATED.estimate(model, torch.zeros(5, 8))
+    assert report.start == 3e-6
+    assert report.latency == pytest.approx(3e-6 + sum(layer.latency for layer in report.layers))
+    lines = str(report).splitlines()
+    assert lines[-3].split() == ["start", "0.000", "0.0", "3.0", "0.0"]
+    assert float(lines[-2].split()[-2]) == pytest.approx(report.latency * 1e6, abs=0.06)
+
+
 def test_a_saved_model_is_the_same(tmp_path):
-    for model in (MODEL, CostModel(convolution_throughput=2.0, name="x"), *PRESETS.values()):
+    for model in (CALIBRATED, MODEL, CostModel(convolution_throughput=2.0, name="x"), *PRESETS.values()):
         model.save(tmp_path / "deep" / "model.json")
         assert CostModel.load(tmp_path / "deep" / "model.json") == model
         assert cost_model(tmp_path / "deep" / "model.json") == model
@@ -88,6 +113,16 @@ def test_other_files_and_names_are_refused(tmp_path):
     (tmp_path / "other.json").write_text('{"overhead": 1}')
     with pytest.raises(ValueError, match=r"other.json' is no cost model: expected the keys \['access_nanojoules'"):
         CostModel.load(tmp_path / "other.json")
+    CALIBRATED.save(tmp_path / "kernels.json")
+    text = (tmp_path / "kernels.json").read_text()
+    (tmp_path / "kernels.json").write_text(text.replace('"copy"', '"picture"'))
+    with pytest.raises(
+        ValueError, match=r"the kernel 'matrix, int8' has \['picture'\], expected some of \['bandwidth'"
+    ):
+        CostModel.load(tmp_path / "kernels.json")
+    (tmp_path / "kernels.json").write_text(text.replace("2000000000.0", "-1"))
+    with pytest.raises(ValueError, match="`throughput` must be positive, got -1"):
+        CostModel.load(tmp_path / "kernels.json")
     with pytest.raises(ValueError, match=r"must be one of \['compute', 'ideal'\] or a JSON file, got 'idea'"):
         cost_model("idea")
 
@@ -101,6 +136,8 @@ def test_other_files_and_names_are_refused(tmp_path):
         ({"convolution_throughput": -1.0}, "`convolution_throughput` must be positive"),
         ({"bandwidth": math.nan}, "`bandwidth` must be positive, got nan"),
         ({"speedups": {8: 0.0}}, r"`speedups\[8\]` must be positive"),
+        ({"start": -1.0}, "`start` must be finite and at least 0, got -1.0"),
+        ({"runtime": "tflite"}, r"`runtime` must be one of \['torch', 'onnx'\], got 'tflite'"),
         ({"picojoules": {}}, "`picojoules` must have at least one width"),
     ],
 )

@@ -38,14 +38,22 @@ def test_a_linear_layer_reads_inputs_and_weights_and_writes_outputs():
 def test_a_convolution_has_two_operations_per_mac():
     (cost,) = count_costs(nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.zeros(2, 3, 5, 5))
     assert cost.flops == cost.convolution_flops == 2 * (2 * 25 * 8) * (3 * 9)
-    assert cost.padded_flops == 2 * (2 * 25 * 16) * (16 * 9)
+    assert cost.padded_flops == 2 * (2 * 25 * 16) * (3 * 9)  # the channels of an image stay as they are
     assert cost.weight_bytes == 4 * 8 * 3 * 9
     assert cost.activation_bytes == 4 * (2 * 3 * 25 + 2 * 8 * 25)
 
 
 @pytest.mark.parametrize(
     ("inputs", "outputs", "groups", "factor"),
-    [(16, 32, 1, 1.0), (17, 16, 1, 32 / 17), (32, 32, 2, 1.0), (8, 8, 2, 16.0), (20, 20, 20, 32 / 20)],
+    [
+        (16, 32, 1, 1.0),
+        (17, 16, 1, 32 / 17),
+        (32, 32, 2, 1.0),
+        (8, 8, 2, 4.0),
+        (16, 16, 2, 4.0),
+        (5, 16, 1, 3.2),
+        (20, 20, 20, 32 / 20),
+    ],
 )
 def test_channels_count_in_whole_blocks_of_each_group(inputs, outputs, groups, factor):
     (cost,) = count_costs(nn.Conv1d(inputs, outputs, 3, groups=groups), torch.zeros(1, inputs, 7))
