@@ -130,7 +130,7 @@ def test_nothing_is_replaced_by_chance(trained, tmp_path, capsys):
     config, checkpoint = trained
     path = tmp_path / "student.safetensors"
     path.write_text("mine")
-    with pytest.raises(SystemExit, match=r"lightning-distill export: .* exists"):
+    with pytest.raises(SystemExit, match=r"lightning-distill export: error: .* exists"):
         main(["export", "-c", config, "--ckpt", checkpoint, "--path", str(path)])
     assert path.read_text() == "mine"
     main(["export", "-c", config, "--ckpt", checkpoint, "--path", str(path), "--overwrite=true"])
