@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_distill.quantization.onnx_runtime import Inputs, as_tuple
+from lightning_distill.cli.export.trained import call
+from lightning_distill.quantization.onnx_runtime import Inputs
 
 REPEATS = 30
 TorchTimes = list[float] | str
@@ -38,7 +39,7 @@ def _least_times(networks: Sequence[Callable[..., Any]], inputs: Inputs) -> list
     for _ in range(3 + REPEATS):
         for network, taken in zip(networks, times, strict=True):
             start = time.perf_counter()
-            _ = network(**inputs) if isinstance(inputs, Mapping) else network(*as_tuple(inputs))
+            call(network, inputs)
             taken.append(time.perf_counter() - start)
     return [min(taken[3:]) for taken in times]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_distill.compression.blocks import Block
 from lightning_distill.export import standalone
 from lightning_distill.modes import inference
 from lightning_distill.quantization import quantized_layers, size_report, unprepare
-from lightning_distill.quantization.onnx_runtime import Inputs
+from lightning_distill.quantization.onnx_runtime import Inputs, as_tuple, said
 from lightning_distill.tasks import KEPT_FROM_MODELS, Task
 
 
@@ -70,21 +70,32 @@ class Trained:
                 value.fill_(torch.nan if value.is_floating_point() else 0)
         return network
 
-    def check(self, network: nn.Module, tolerance: float) -> float:
-        """The difference of the outputs on the samples, as a share of their size.
-
-        Raises:
-            RuntimeError: If it is more than ``tolerance``.
-        """
-        expected, found = self._said_by(self.network), self._said_by(network)
-        error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
-        if not error <= tolerance:
-            raise RuntimeError(
-                f"read again, the outputs differ by {error:.3g} of their size, more than {tolerance:g}; nothing was "
-                "written."
-            )
-        return error
-
-    def _said_by(self, network: nn.Module) -> Tensor:
+    def said_by(self, network: nn.Module) -> Tensor:
+        """What the task makes of a network's outputs for the samples."""
         with inference(network):
-            return self.task.run(network, self.batch).logits.float()
+            return self.task.run(network, self.batch).logits
+
+    def output_of(self, network: nn.Module) -> Tensor:
+        """What a network says itself, called as it will be elsewhere."""
+        with inference(network):
+            return said(call(network, self.inputs))
+
+
+def call(network: Callable[..., Any], inputs: Inputs) -> Any:
+    """What ``network`` returns for ``inputs``."""
+    return network(**inputs) if isinstance(inputs, Mapping) else network(*as_tuple(inputs))
+
+
+def difference(found: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Root of the squared differences of outputs over that of the squares of ``expected``.
+
+    Raises:
+        RuntimeError: If it is more than ``tolerance``.
+    """
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not error <= tolerance:
+        raise RuntimeError(
+            f"read again, the outputs differ by {error:.3g} of their size, more than {tolerance:g}; nothing was "
+            "written."
+        )
+    return error
