@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -23,7 +24,9 @@ class DistillationCLI(LightningCLI):
 
 
 def stop(command: str, error: Exception) -> NoReturn:
-    """End the program with the message of ``error``, without a traceback."""
+    """End the program with the message of ``error``; where ``JSONARGPARSE_DEBUG`` is true, with its traceback."""
+    if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
+        raise error
     sys.exit(f"lightning-distill {command}: error: {error}")
 
 

@@ -75,6 +75,16 @@ def test_refusals_name_their_key(kind):
         main(["fit", "-c", "c.yaml"])
 
 
+def test_a_traceback_is_there_for_those_who_ask(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    write({"student": {"class_path": f"{__name__}.raising", "init_args": {"kind": "TypeError"}}})
+    with pytest.raises(ConfigurationError, match="so it is") as raised:
+        main(["fit", "-c", "c.yaml"])
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "in raising" in shown
+    assert "Union subtypes" not in shown
+
+
 @pytest.mark.parametrize("command", ["fit", "compare"])
 @pytest.mark.parametrize("kind", [KeyError, AttributeError, AssertionError, RuntimeError])
 def test_mistakes_keep_their_traceback(kind, command):
