@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_distill.adapters import has_adapter, merge_adapter
+from lightning_distill.files import draft_of
 
 
 def standalone(network: nn.Module) -> nn.Module:
@@ -52,14 +51,10 @@ def write_network(network: nn.Module, path: Path, *, overwrite: bool = False) ->
         FileExistsError: If there is something at ``path`` and ``overwrite`` is False.
         ValueError: If ``path`` is no such file, and the network cannot be written to a folder.
     """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists. Choose another path, or pass `overwrite=True`.")
     save_pretrained = getattr(network, "save_pretrained", None)
     if path.suffix != ".safetensors" and save_pretrained is None:
         raise ValueError(f"`path` must end in '.safetensors', got {str(path)!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        draft = Path(folder) / path.name
+    with draft_of(path, overwrite=overwrite) as draft:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_model
 
@@ -69,7 +64,6 @@ def write_network(network: nn.Module, path: Path, *, overwrite: bool = False) ->
             save_pretrained(draft)
         if path.is_dir():
             shutil.rmtree(path)
-        os.replace(draft, path)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -6,9 +6,27 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def draft_of(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A path to write to; what is there takes the place of ``path`` after this context, and vanishes after an error.
+
+    Raises:
+        FileExistsError: If there is something at ``path`` and ``overwrite`` is False.
+    """
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{str(path)!r} exists. Choose another path, or pass `overwrite=True`.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        draft = Path(folder) / path.name
+        yield draft
+        os.replace(draft, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,8 @@ from typing import TypeVar
 import lightning as L
 from jsonargparse import ArgumentParser
 
-from lightning_distill.cli.trainer import DistillationCLI
+from lightning_distill.cli.building import ConfigurationError
+from lightning_distill.cli.trainer import DistillationCLI, stop
 
 Result = TypeVar("Result")
 CLI = TypeVar("CLI", bound=DistillationCLI)
@@ -36,7 +37,7 @@ def call_with_options(
     try:
         return function(**parsed.as_dict())
     except errors as error:
-        sys.exit(f"lightning-distill {command}: {error}")
+        stop(command, error)
 
 
 def use_configuration(
@@ -51,8 +52,8 @@ def use_configuration(
         errors: Of these, raised by ``work``, the message alone is shown, and the program ends.
     """
     before = sys.argv
+    sys.argv = [before[0], *arguments[1:]]
     try:
-        sys.argv = [before[0], *arguments[1:]]
         cli = kind(
             L.LightningModule,
             L.LightningDataModule,
@@ -66,6 +67,8 @@ def use_configuration(
         try:
             work(cli)
         except errors as error:
-            sys.exit(f"lightning-distill {arguments[0]}: {error}")
+            stop(arguments[0], error)
+    except ConfigurationError as error:
+        stop(arguments[0], error)
     finally:
         sys.argv = before

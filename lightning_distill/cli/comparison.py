@@ -18,6 +18,7 @@ import lightning_distill.losses
 import lightning_distill.modules
 import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401  (with the rooms imported, YAML may use class names without their path)
+from lightning_distill.cli.building import ConfigurationError, build_plainly
 from lightning_distill.cli.commands import call_with_options
 from lightning_distill.cli.unparsed import Unparsed
 from lightning_distill.comparison import Comparison, Experiment, compare
@@ -106,7 +107,11 @@ class ConfiguredMethod:
         """Build module, data module and the Trainer's arguments for ``seed``."""
         chosen = filled(self.configuration, seed=seed, folder=self.folder)
         parser = experiment_parser()
-        built = parser.instantiate_classes(parse_method(parser, self.name, chosen))
+        parsed = parse_method(parser, self.name, chosen)
+        try:
+            built = build_plainly(lambda: parser.instantiate_classes(parsed))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"In {self.name!r}: {error}") from error
         given = chosen.get("trainer", {})
         return Experiment(
             module=built.model,

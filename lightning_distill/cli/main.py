@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     **{name: (text, run_trainer) for name, text in TRAINER_COMMANDS.items()},
     "cache": ("run a teacher over the training set once, to train from what it said", run_cache),
     "compare": ("methods times seeds, with a control group: table, plots, wandb", run_comparison),
-    "export": ("a trained quantized student as ONNX or packed weights: size, exactness, speed", run_export),
+    "export": ("a trained student for ONNX Runtime, torchao or in few bytes: size, exactness, speed", run_export),
     "cost": ("latency, energy and size of the student, estimated layer by layer: table, plot", run_cost),
     "check": ("does the student suit a machine: formats, channels, fusion, memory; status 1 if not", run_check),
     "pipeline": ("stages that build on each other, resumable: table, plot", run_pipeline),

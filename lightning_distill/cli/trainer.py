@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_distill.cli.building import ConfigurationError, build_plainly
 from lightning_distill.modules.hyperparameters import built_from_configuration
 
 
@@ -17,7 +20,14 @@ class DistillationCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build the module, the data module and the Trainer."""
         with built_from_configuration():
-            super().instantiate_classes()
+            build_plainly(super().instantiate_classes)
+
+
+def stop(command: str, error: Exception) -> NoReturn:
+    """End the program with the message of ``error``; where ``JSONARGPARSE_DEBUG`` is true, with its traceback."""
+    if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
+        raise error
+    sys.exit(f"lightning-distill {command}: error: {error}")
 
 
 def run_trainer(arguments: Sequence[str]) -> None:
@@ -34,5 +44,7 @@ def run_trainer(arguments: Sequence[str]) -> None:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=42,
         )
+    except ConfigurationError as error:
+        stop(arguments[0], error)
     finally:
         sys.argv = before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_distill.compression.blocks import Block, as_block, block_grid, element_mask
+from lightning_distill.files import draft_of
 from lightning_distill.quantization.fake_quantize import Grid
 from lightning_distill.quantization.network import quantized_layers
 from lightning_distill.quantization.packed import pack_bits, read_packed, unpack_bits, write_packed
@@ -95,24 +95,19 @@ def write_block_sparse(
     path, size = Path(path), as_block(block)
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` must end in '.safetensors', got {str(path)!r}.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists. Choose another path, or pass `overwrite=True`.")
-    dense, metadata = _with_few_bits(network) if quantized_layers(network) else (dict(_distinct(network)), {})
-    codes, sparse, tensors, plan = _codes(network), {}, {}, {}
-    for name, tensor in dense.items():
-        layout = codes.get(name, _Layout(tuple(tensor.shape)))
-        parts = _without_zeros(tensor, layout, size)
-        if parts is None:
-            tensors[name] = tensor
-            continue
-        kept, tensors[f"{name}.{_VALUES}"], tensors[f"{name}.{_BLOCKS}"] = parts
-        plan[name], sparse[name] = asdict(layout), (kept, math.prod(block_grid(layout.shape, size)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata[_PLAN] = json.dumps({"version": VERSION, "block": size, "sparse": plan})
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        draft = Path(folder) / path.name
+    with draft_of(path, overwrite=overwrite) as draft:
+        dense, metadata = _with_few_bits(network) if quantized_layers(network) else (dict(_distinct(network)), {})
+        codes, sparse, tensors, plan = _codes(network), {}, {}, {}
+        for name, tensor in dense.items():
+            layout = codes.get(name, _Layout(tuple(tensor.shape)))
+            parts = _without_zeros(tensor, layout, size)
+            if parts is None:
+                tensors[name] = tensor
+                continue
+            kept, tensors[f"{name}.{_VALUES}"], tensors[f"{name}.{_BLOCKS}"] = parts
+            plan[name], sparse[name] = asdict(layout), (kept, math.prod(block_grid(layout.shape, size)))
+        metadata[_PLAN] = json.dumps({"version": VERSION, "block": size, "sparse": plan})
         save_file(tensors, str(draft), metadata=metadata)
-        os.replace(draft, path)
     return SparseFile(path, path.stat().st_size, sum(tensor.nbytes for tensor in dense.values()), sparse)
 
 

@@ -30,5 +30,5 @@ def test_it_ends_with_status_1_if_something_does_not_suit(tmp_path, monkeypatch,
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(SystemExit, match=r"lightning-distill check: The target must be one of .*, got 'phone'"):
+    with pytest.raises(SystemExit, match=r"lightning-distill check: error: The target must be one of .*, got 'phone'"):
         main(["check", "-c", str(EXAMPLE), "--check.target", "phone"])

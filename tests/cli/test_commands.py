@@ -25,7 +25,7 @@ def test_other_processes_are_started_with_the_whole_line_and_the_callers_own_com
         seen.append((sys.argv[1:], cli.model.student.out_features))
         raise ValueError("enough")
 
-    with pytest.raises(SystemExit, match="lightning-distill cache: enough"):
+    with pytest.raises(SystemExit, match="lightning-distill cache: error: enough"):
         use_configuration(DistillationCLI, LINE, work)
     assert seen == [(LINE, 3)]
     assert sys.argv == before
@@ -40,7 +40,7 @@ def test_only_expected_errors_become_messages():
         """
         raise [ValueError, KeyError][number]("so it is")
 
-    with pytest.raises(SystemExit, match="lightning-distill search: so it is"):
+    with pytest.raises(SystemExit, match="lightning-distill search: error: so it is"):
         call_with_options(fail, ["search"])
     with pytest.raises(KeyError, match="so it is"):
         call_with_options(fail, ["search", "--number", "1"])

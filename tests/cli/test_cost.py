@@ -41,5 +41,7 @@ def test_it_calibrates_onnx_runtime_if_asked(tmp_path, monkeypatch, capsys):
 
 
 def test_an_unknown_model_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"lightning-distill cost: The cost model must be one of .*, got 'fast'"):
+    with pytest.raises(
+        SystemExit, match=r"lightning-distill cost: error: The cost model must be one of .*, got 'fast'"
+    ):
         main(["cost", "-c", str(EXAMPLE), "--cost.model", "fast", "--cost.folder", str(tmp_path)])
