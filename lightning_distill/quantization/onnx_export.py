@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.files import draft_of
 from lightning_distill.modes import inference
 from lightning_distill.quantization.network import quantized_layers, require_in_force
 from lightning_distill.quantization.onnx_graph import Graph, fold_batch_norms, quantize_convolution_biases
@@ -88,22 +87,18 @@ def export_onnx(
     path = Path(path)
     if path.suffix != ".onnx":
         raise ValueError(f"`path` must end in '.onnx', got {str(path)!r}.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists. Choose another path, or pass `overwrite=True`.")
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be positive, got {tolerance}.")
     if accuracy_level not in range(5):
         raise ValueError(f"`accuracy_level` must be 0 to 4, got {accuracy_level!r}.")
     _require_packages()
     _check(model)
-    with inference(model):
-        expected = said(_call(model, inputs))
-    onnx_model = _converted(model, inputs, dynamic or {0: "batch"}, accuracy_level)
-    if onnx_model.ByteSize() > _LARGEST:
-        raise ValueError(f"The network takes {onnx_model.ByteSize():,} bytes; one ONNX file holds {_LARGEST:,}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        draft = Path(folder) / path.name
+    with draft_of(path, overwrite=overwrite) as draft:
+        with inference(model):
+            expected = said(_call(model, inputs))
+        onnx_model = _converted(model, inputs, dynamic or {0: "batch"}, accuracy_level)
+        if onnx_model.ByteSize() > _LARGEST:
+            raise ValueError(f"The network takes {onnx_model.ByteSize():,} bytes; one ONNX file holds {_LARGEST:,}.")
         draft.write_bytes(onnx_model.SerializeToString())
         found = run_onnx(draft, inputs)
         error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
@@ -112,15 +107,13 @@ def export_onnx(
                 f"In ONNX Runtime the outputs differ by {error:.3g} of their size, more than `tolerance`, {tolerance}; "
                 "nothing was written. Weights of few bits are more exact with `accuracy_level=0`."
             )
-        report = OnnxReport(
-            path=path,
-            bytes=draft.stat().st_size,
-            float32_bytes=_float32_bytes(model),
-            relative_error=error,
-            agreement=float((found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()),
-        )
-        os.replace(draft, path)
-    return report
+    return OnnxReport(
+        path=path,
+        bytes=path.stat().st_size,
+        float32_bytes=_float32_bytes(model),
+        relative_error=error,
+        agreement=float((found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()),
+    )
 
 
 def _converted(model: nn.Module, inputs: Inputs, dynamic: Mapping[int, str], accuracy_level: int) -> Any:

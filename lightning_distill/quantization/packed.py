@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from glob import escape
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.files import draft_of
 from lightning_distill.quantization.fake_quantize import SMALLEST_SCALE
 from lightning_distill.quantization.integers import integer_weight
 from lightning_distill.quantization.layers import QUANTIZED
@@ -82,22 +81,17 @@ def write_packed(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         raise ValueError("`model` has no quantized layer; call `prepare(model, spec)` first.")
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` must end in '.safetensors', got {str(path)!r}.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists. Choose another path, or pass `overwrite=True`.")
     require_in_force(model)
     tensors = {name: value for name, value in model.state_dict().items() if name not in _replaced(layers)}
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": value for part, value in _packed(layer).items()}
     plan = {name: asdict(_spec_in_force(layer)) for name, layer in layers.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        draft = Path(folder) / path.name
+    with draft_of(path, overwrite=overwrite) as draft:
         save_file(
             {name: _plain(tensor) for name, tensor in tensors.items()},
             str(draft),
             metadata={_PLAN: json.dumps({"version": VERSION, "layers": plan})},
         )
-        os.replace(draft, path)
 
 
 def read_packed(model: nn.Module, path: str | Path) -> nn.Module:
