@@ -10,6 +10,7 @@ from lightning_distill.callbacks.balanced_magnitudes import BalancedMagnitudes
 from lightning_distill.callbacks.bit_search import BitSearch
 from lightning_distill.callbacks.block_sparsity import BlockSparsity
 from lightning_distill.callbacks.cache_writer import CacheWriter
+from lightning_distill.callbacks.compile import Compile
 from lightning_distill.callbacks.curriculum import CurriculumResampling
 from lightning_distill.callbacks.difficulty import TaskDifficulty
 from lightning_distill.callbacks.ema_teacher import MeanTeacher
@@ -53,6 +54,7 @@ __all__ = [
     "BlockSparsity",
     "CAGrad",
     "CacheWriter",
+    "Compile",
     "CurriculumResampling",
     "DynamicLayerWeights",
     "FeatureInjection",
