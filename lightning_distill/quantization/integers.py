@@ -93,7 +93,7 @@ def integer_linear(layer: QuantizedLinear, values: Tensor) -> Tensor:
     weight = integer_weight(layer).symmetric()
     if weight.codes.shape[1] != 1:
         raise ValueError("The layer's weights have a step per group; an integer sum needs one per output channel.")
-    scale, zero = layer.activation_scale.detach().float(), layer.activation_zero_point
+    scale, zero = (level.detach().float() for level in layer.input_levels(values))
     inputs = codes_of(values.detach().float(), scale, grid_of(layer.activation_bits, "unsigned"), zero).int()
     codes = weight.codes.squeeze(1).int()
     products = (inputs.unsqueeze(-2) * codes).sum(dim=-1, dtype=torch.int32)

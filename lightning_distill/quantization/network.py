@@ -131,7 +131,7 @@ def calibrate(
         raise ValueError("`model` has no quantized layer; call `prepare(model, spec)` first.")
     for layer in layers.values():
         layer.calibrate_weight()
-    reading = {name: layer for name, layer in layers.items() if layer.activation_bits is not None}
+    reading = {name: layer for name, layer in layers.items() if layer.needs_range}
     if not reading:
         return
     with ExitStack() as stack:

@@ -168,7 +168,9 @@ def to_onnx_layer(layer: QuantizedLayer, name: str, *, accuracy_level: int) -> N
     if layer.weight_bits > 8:
         _to_plain_layer(layer)
         return
-    found, bits, activations = integer_weight(layer), layer.weight_bits, layer.activation_bits
+    found, bits = integer_weight(layer), layer.weight_bits
+    # ranges of tokens are left to the runtime: `MatMulNBits` finds them as it rounds its inputs
+    activations = layer.activation_bits if layer.needs_range else None
     ours = next(ours for plain, ours in _BECOMES.items() if isinstance(layer, plain))
     exported: Any = layer
     exported.weight_shape = tuple(layer.weight.shape)
@@ -208,7 +210,7 @@ def to_onnx_layer(layer: QuantizedLayer, name: str, *, accuracy_level: int) -> N
 
 def _to_plain_layer(layer: QuantizedLayer) -> None:
     """Make it the layer that it was before quantization; a weight of 16 bits is rounded to half precision."""
-    if layer.activation_bits is not None:
+    if layer.needs_range:
         raise ValueError(
             "A layer with weights in floating point quantizes its input, which ONNX runtimes do not compute with: "
             "leave the layer out, `skip=[...]`, or give its weights at most 8 bits."

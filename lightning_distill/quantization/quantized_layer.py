@@ -73,7 +73,7 @@ class QuantizedLayer(nn.Module):
         self._input_known = False
         self._inputs: list[Tensor] | None = None  # what came by, while somebody looks
         self._hold("log_weight_scale", torch.zeros_like(self.rows(wide(self.weight.detach()))[..., :1]))
-        if self.activation_bits is not None:
+        if self.needs_range:
             self._hold("log_activation_scale", torch.zeros((), device=self.weight.device))
             self.register_buffer("activation_zero_point", torch.zeros((), device=self.weight.device))
         if spec.gradient == "dsq":
@@ -233,9 +233,31 @@ class QuantizedLayer(nn.Module):
     # The input.
 
     @property
+    def needs_range(self) -> bool:
+        """Whether the input has one range, which calibration finds."""
+        return self.activation_bits is not None and self.spec.activation_range == "layer"
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether the range of the input is known, or not needed."""
-        return self.activation_bits is None or self._input_known
+        return not self.needs_range or self._input_known
+
+    def input_levels(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero point with which ``values`` are quantized: scalars, or one of each vector, shape ``(..., 1)``.
+
+        Raises:
+            RuntimeError: If their range is not known.
+        """
+        assert self.activation_bits is not None
+        if not self.needs_range:
+            seen = wide(values.detach())
+            least, largest = seen.amin(dim=-1, keepdim=True), seen.amax(dim=-1, keepdim=True)
+            return affine_scale(least, largest, self.activation_bits)
+        if not self._input_known:
+            raise RuntimeError(
+                "A quantized layer reads values whose range is not known. Call `calibrate(model, batches)` before."
+            )
+        return self.activation_scale, self.activation_zero_point
 
     def quantized_input(self, values: Tensor) -> Tensor:
         """``values`` rounded to the levels of the layer's input.
@@ -243,22 +265,13 @@ class QuantizedLayer(nn.Module):
         Raises:
             RuntimeError: If their range is not known.
         """
-        bits = self.activation_bits
-        if bits is None:
+        if self.activation_bits is None:
             return values
-        if not self._input_known:
-            raise RuntimeError(
-                "A quantized layer reads values whose range is not known. Call `calibrate(model, batches)` before."
-            )
-        grid = grid_of(bits, "unsigned")
+        scale, zero = self.input_levels(values)
+        grid = grid_of(self.activation_bits, "unsigned")
         per_sample = values[0].numel() if values.ndim > 0 and len(values) > 0 else 1
-        return fake_quantize(
-            values,
-            self.activation_scale,
-            grid=grid,
-            zero_point=self.activation_zero_point,
-            scale_gradient=lsq_gradient_scale(max(per_sample, 1), grid),
-        )
+        per_step = lsq_gradient_scale(max(per_sample, 1), grid)
+        return fake_quantize(values, scale, grid=grid, zero_point=zero, scale_gradient=per_step)
 
     def _input_in_force(self, values: Tensor) -> Tensor:
         if self._inputs is not None:
@@ -266,7 +279,7 @@ class QuantizedLayer(nn.Module):
         if self.activation_bits is None or not self.enabled or self._inputs is not None:
             return values
         if self.alpha == 0:
-            return unused(values, [self.log_activation_scale] if self.spec.learns else [])
+            return unused(values, [self.log_activation_scale] if self.spec.learns and self.needs_range else [])
         return blend(values, self.quantized_input(values), self.alpha)
 
     @contextmanager
@@ -278,7 +291,7 @@ class QuantizedLayer(nn.Module):
             yield
         finally:
             self._inputs = None
-        if self.activation_bits is not None and seen:
+        if self.needs_range and seen:
             self._set_input_range(torch.cat(seen))
 
     def _set_input_range(self, values: Tensor) -> None:
@@ -333,7 +346,8 @@ def check_fit(layer: nn.Module, spec: QuantSpec, name: str) -> None:
     """Refuse a spec that a layer cannot have.
 
     Raises:
-        ValueError: If its groups do not divide a channel, or it has bits for other channels.
+        ValueError: If its groups do not divide a channel, it has bits for other channels, or it gives tokens ranges of
+            their own and the layer is a convolution.
     """
     weight: Any = layer.weight
     channels = output_channels(layer)
@@ -343,6 +357,11 @@ def check_fit(layer: nn.Module, spec: QuantSpec, name: str) -> None:
             f"`granularity` is {spec.granularity!r}, but {name!r} has {per_channel} weights per channel, which "
             f"groups of {spec.group_size} do not divide. Give it another one: "
             f"`overrides={{{name!r}: QuantSpec(granularity='channel')}}`."
+        )
+    if spec.activation_range == "token" and not isinstance(layer, (nn.Linear, nn.Embedding)):
+        raise ValueError(
+            f"`activation_range` is 'token', but {name!r} is a {type(layer).__name__}, which reads no vectors. Give it "
+            f"another spec, `overrides={{{name!r}: QuantSpec(...)}}`, or leave it out: `skip=[{name!r}]`."
         )
     _of_channels(spec.bits, channels, name)
 

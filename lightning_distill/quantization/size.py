@@ -99,7 +99,7 @@ def size_report(model: nn.Module) -> SizeReport:
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in ours | helpers]
     weights = sum(layer.weight.numel() for layer in layers.values())
     bits = sum(layer.weight.numel() * layer.mean_weight_bits for layer in layers.values())
-    inputs = sum(_SCALE_BYTES + 1 for layer in layers.values() if layer.activation_bits is not None)
+    inputs = sum(_SCALE_BYTES + 1 for layer in layers.values() if layer.needs_range)
     return SizeReport(
         layers=tuple(rows),
         average_bits=bits / weights,

@@ -7,6 +7,7 @@ from typing import Literal
 
 Scheme = Literal["auto", "lsq", "seq", "fixed", "minmax"]
 Gradient = Literal["ste", "dsq"]
+ActivationRange = Literal["layer", "token"]
 LEFT_ALONE = (16, 32)
 """Numbers of bits that are kept in floating point."""
 ALL_BITS = (*range(1, 9), *LEFT_ALONE)
@@ -22,7 +23,7 @@ class QuantSpec:
         weights: Bits of a weight, 1 to 8; ``"binary"`` and ``"ternary"`` for levels that follow from the weights
             (XNOR-Net, TWN); 16 rounds to half precision, 32 leaves weights alone. Or 1 to 8 bits for each output
             channel of a layer, ``(8, 4, 4, 2)``.
-        activations: Bits of what a layer reads, 2 to 8, with one range per layer; ``None`` leaves it alone.
+        activations: Bits of what a layer reads, 2 to 8; ``None`` leaves it alone.
         granularity: Which weights share a step: ``"channel"`` (an output channel), ``"tensor"`` (all), or
             ``"group:32"`` (32 neighbours along a channel's inputs).
         scheme: ``"lsq"``: levels around 0, -7 … 7 with 4 bits, with a learned step. ``"seq"``: as many levels as codes,
@@ -31,6 +32,9 @@ class QuantSpec:
             up to the largest weight of the moment.
         gradient: ``"ste"`` passes gradients straight through the rounding; ``"dsq"`` through a soft staircase whose
             sharpness is learned.
+        activation_range: ``"layer"``: one range for what a layer reads, found by calibration and trained where steps
+            are. ``"token"``: each vector that a linear layer reads has its own, from its least to its largest number
+            (dynamic quantization, usual for language models, whose tokens differ by orders of magnitude).
 
     Raises:
         ValueError: If a value is none of these.
@@ -45,6 +49,7 @@ class QuantSpec:
     granularity: str = "channel"
     scheme: Scheme = "auto"
     gradient: Gradient = "ste"
+    activation_range: ActivationRange = "layer"
 
     def __post_init__(self) -> None:
         if self.activations is not None and not (_is_whole(self.activations) and 2 <= self.activations <= 8):
@@ -55,6 +60,10 @@ class QuantSpec:
             raise ValueError(f"`scheme` must be 'auto', 'lsq', 'seq', 'fixed' or 'minmax', got {self.scheme!r}.")
         if self.gradient not in ("ste", "dsq"):
             raise ValueError(f"`gradient` must be 'ste' or 'dsq', got {self.gradient!r}.")
+        if self.activation_range not in ("layer", "token"):
+            raise ValueError(f"`activation_range` must be 'layer' or 'token', got {self.activation_range!r}.")
+        if self.activation_range == "token" and self.activations is None:
+            raise ValueError("`activation_range` is 'token', but inputs are not quantized: set `activations=8`.")
         self.group_size  # noqa: B018  # checks the granularity
         if self.weights not in ("binary", "ternary"):
             object.__setattr__(self, "weights", self.checked_bits(self.weights, "weights"))  # a file has lists

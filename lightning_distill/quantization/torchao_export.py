@@ -89,7 +89,7 @@ def _check(layer: QuantizedLayer, name: str) -> None:
 
 def _dimensions_read(model: nn.Module, layers: Mapping[str, QuantizedLayer], inputs: Inputs) -> dict[str, int]:
     """How many dimensions the input of each layer has that quantizes it."""
-    seen: dict[str, set[int]] = {name: set() for name, layer in layers.items() if layer.activation_bits is not None}
+    seen: dict[str, set[int]] = {name: set() for name, layer in layers.items() if layer.needs_range}
     handles = [
         layers[name].register_forward_pre_hook(
             lambda _, args, named, found=found: found.add((*args, *named.values())[0].ndim), with_kwargs=True
@@ -112,7 +112,7 @@ def _dimensions_read(model: nn.Module, layers: Mapping[str, QuantizedLayer], inp
 
 
 def _weight_of(layer: QuantizedLayer, dimensions: int) -> Tensor:
-    from torchao.quantization import Int8Tensor, MappingType, PerTensor
+    from torchao.quantization import Int8Tensor, MappingType, PerRow, PerTensor
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
     dtype = layer.weight.dtype
@@ -121,7 +121,9 @@ def _weight_of(layer: QuantizedLayer, dimensions: int) -> Tensor:
     found = integer_weight(layer).symmetric()
     codes, scale = found.codes.flatten(1).to(torch.int8), found.scale.squeeze(-1)
     inputs: dict[str, Any] = {}
-    if layer.activation_bits is not None:
+    if layer.activation_bits is not None and not layer.needs_range:
+        inputs = {"act_quant_kwargs": QuantizeTensorToInt8Kwargs(PerRow(), MappingType.ASYMMETRIC)}
+    elif layer.activation_bits is not None:
         shape = (1,) * dimensions
         inputs = {
             "act_quant_kwargs": QuantizeTensorToInt8Kwargs(PerTensor(), MappingType.ASYMMETRIC),
