@@ -14,33 +14,42 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill.adapters import has_adapter, leave_base_out, put_base_back
 from lightning_distill.deferred import give_weights
-from lightning_distill.evaluation import Evaluation
 from lightning_distill.export import merged, standalone, write_network
 from lightning_distill.losses.lazy import is_unbuilt
 from lightning_distill.losses.term import Term, reduce_items
 from lightning_distill.modes import inference
+from lightning_distill.modules.arguments import (
+    EVERY_TERM,
+    ItemWeights,
+    OptimizerFactory,
+    SchedulerFactory,
+    Temperature,
+    build_task,
+    build_weighting,
+    check_optimization,
+    check_type,
+    checked_item_weights,
+    checked_temperature,
+    checked_terms,
+)
+from lightning_distill.modules.evaluations import Evaluations
+from lightning_distill.modules.first_batch import check_first_batch
 from lightning_distill.modules.first_samples import first_samples
 from lightning_distill.modules.hyperparameters import save_plain_hyperparameters
 from lightning_distill.modules.item_count import Count, ItemCount
 from lightning_distill.modules.loss_log import LossLog
 from lightning_distill.modules.random_state import random_states_of_all_ranks, set_random_state
-from lightning_distill.outputs import Outputs, Step, StepRule
+from lightning_distill.outputs import Outputs, Step
 from lightning_distill.rules import StatefulRule
 from lightning_distill.sharding import average_plain_gradients, data_parallel_mesh, shard, spread_parameters
 from lightning_distill.taps import Taps
-from lightning_distill.tasks import Classification, Task
+from lightning_distill.tasks import Task
 from lightning_distill.teachers.build import TeacherLike, build_teacher
-from lightning_distill.weighting import FixedWeights, Live, Weighting
+from lightning_distill.weighting import Live, Weighting
 
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-Temperature = float | StepRule
-ItemWeights = Mapping[str, StepRule]
-EVERY_TERM = "*"
 _RULES = ("item_rules.", "temperature.")
 
 
@@ -103,30 +112,23 @@ class DistillationModule(L.LightningModule):
         self.task = build_task(task)
         # transformers hands out pretrained models in eval mode, and the Trainer leaves modes as they are
         self.student = self.task.load(student).train() if isinstance(student, str) else student
-        _check_type("student", self.student, nn.Module)
+        check_type("student", self.student, nn.Module)
         if teacher is self.student:
             raise ValueError(
                 "`teacher` is the same object as `student`; it would be frozen. Pass `copy.deepcopy(student)`, or, for "
                 "a student with a PEFT adapter, `AdapterOffTeacher()`."
             )
         self.teacher = build_teacher(teacher, self.task)
-        self.terms = nn.ModuleDict(_checked_terms(terms))
-        self.weighting = _build_weighting(weights, terms)
+        self.terms = nn.ModuleDict(checked_terms(terms))
+        self.weighting = build_weighting(weights, terms)
         self.weighting.bind(list(terms), self.student)
         self.live: Live | None = None
-        self.temperature = _checked_temperature(temperature)
+        self.temperature = checked_temperature(temperature)
         self.batch_transform = batch_transform
-        self.item_weights = _checked_item_weights(item_weights or {}, terms)
+        self.item_weights = checked_item_weights(item_weights or {}, terms)
         stateful = {name: rule for name, rule in self.item_weights.items() if isinstance(rule, StatefulRule)}
         self.item_rules = nn.ModuleDict(stateful)  # for the checkpoint and the device
-        for name, factory in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
-            if factory is not None and not callable(factory):
-                raise TypeError(
-                    f"`{name}` must build one, for instance `functools.partial(torch.optim.SGD, lr=0.1)`, "
-                    f"got {type(factory).__name__}."
-                )
-        if lr_interval not in ("epoch", "step"):
-            raise ValueError(f"`lr_interval` must be 'epoch' or 'step', got {lr_interval!r}.")
+        check_optimization(optimizer, lr_scheduler, lr_interval)
         self.optimizer_factory = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
         self.scheduler_factory = lr_scheduler
         self.lr_interval = lr_interval
@@ -137,7 +139,7 @@ class DistillationModule(L.LightningModule):
             self.teacher.tap(dict.fromkeys(name for term in terms.values() for name in term.teacher_taps))
         self._items = ItemCount()
         self._loss_log = LossLog()
-        self._evaluations: dict[tuple[int, str], Evaluation] = {}  # by loader, and name of the outputs
+        self._evaluations = Evaluations(self.task)
         self._unseen = True  # no batch was checked yet
         self._total_steps = math.inf
         self._last_flush = -1
@@ -172,7 +174,7 @@ class DistillationModule(L.LightningModule):
             step.progress = min(step.step / self._total_steps, 1.0)
         step.temperature = self.temperature(step) if callable(self.temperature) else self.temperature
         if self._unseen:
-            _check_first(step, task)
+            check_first_batch(step, task)
             self._unseen = False
         return step
 
@@ -513,42 +515,20 @@ class DistillationModule(L.LightningModule):
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> None:
         step = self.observe(batch)
-        evaluation = self._evaluation(dataloader_idx, "", step.student)
+        evaluation = self._evaluations.of(dataloader_idx, step.student)
         evaluation.update(step)
         if is_unbuilt(self.terms):
             return
         for name, outputs in self.other_outputs(step).items():
-            self._evaluation(dataloader_idx, name, outputs).update(replace(step, student=outputs))
+            self._evaluations.of(dataloader_idx, outputs, name).update(replace(step, student=outputs))
         if step.teacher is not None or not any(map(_needs_teacher, self.terms.values())):
             losses = self.losses(step)
             evaluation.update_losses({"loss": self.weighting(losses), **losses, **self._parts()}, _count(step))
 
-    def _evaluation(self, dataloader_idx: int, name: str, outputs: Outputs) -> Evaluation:
-        key = dataloader_idx, name
-        if key not in self._evaluations:
-            self._evaluations[key] = Evaluation(self.task, outputs)
-        return self._evaluations[key]
-
     def _log_evaluations(self, stage: str) -> None:
-        loaders = {loader for loader, _ in self._evaluations}
-        for (loader, outputs), evaluation in self._evaluations.items():
-            prefix = f"{stage}/{outputs}/" if outputs else f"{stage}/"
-            suffix = f"/loader_{loader}" if len(loaders) > 1 else ""
-            values = {f"{prefix}{name}{suffix}": value for name, value in evaluation.compute().items()}
-            self.log_dict(values, batch_size=1, sync_dist=self.trainer.world_size > 1)  # equal on all ranks already
-        self._evaluations = {}
-
-
-def build_task(task: Task | None) -> Task:
-    """``task``, or the default one.
-
-    Raises:
-        TypeError: If it is no :class:`~lightning_distill.tasks.Task`.
-    """
-    if task is None:
-        return Classification()
-    _check_type("task", task, Task)
-    return task
+        values = self._evaluations.values(stage)
+        self.log_dict(values, batch_size=1, sync_dist=self.trainer.world_size > 1)  # equal on all ranks already
+        self._evaluations.clear()
 
 
 def _count(step: Step) -> Count:
@@ -565,35 +545,6 @@ def _nothing(step: Step, term: nn.Module) -> Tensor:
     outputs = step.student
     said = outputs.logits if outputs.has_logits or outputs.hidden is None else outputs.hidden
     return sum((parameter.sum() for parameter in term.parameters()), start=said.sum()) * 0.0
-
-
-def _check_type(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(
-            f"`{name}` must be a {kind.__module__.split('.')[0]} {kind.__name__}, got {type(value).__name__}."
-        )
-
-
-def _checked_terms(terms: Mapping[str, Term]) -> dict[str, Term]:
-    if not isinstance(terms, Mapping) or not terms:
-        raise ValueError(f"`terms` must be loss terms by name, at least one, got {terms!r}.")
-    for name, term in terms.items():
-        if name == "loss":
-            raise ValueError("`terms` has a term named 'loss', the name of the weighted sum; choose another name.")
-        if not isinstance(term, Term):
-            raise TypeError(
-                f"`terms[{name!r}]` must be a loss term from `lightning_distill.losses` or a subclass of `Term`, "
-                f"got {type(term).__name__}."
-            )
-    return dict(terms)
-
-
-def _build_weighting(weights: Mapping[str, float] | Weighting | None, terms: Mapping[str, Term]) -> Weighting:
-    if isinstance(weights, Weighting):
-        return weights
-    if weights is None:
-        return FixedWeights(dict.fromkeys(terms, 1.0))
-    return FixedWeights(weights)
 
 
 def _refuse_untrained(weighting: Weighting, optimizers: Iterable[Optimizer]) -> None:
@@ -616,37 +567,3 @@ def _leave_weighting_out(state: dict[str, Any], known: Iterable[str], *, resumes
         )
     for key in left:
         del state[key]
-
-
-def _checked_temperature(temperature: Temperature) -> Temperature:
-    if callable(temperature):
-        return temperature
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"`temperature` must be a number or a function of the step, got {type(temperature).__name__}.")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
-    return float(temperature)
-
-
-def _checked_item_weights(rules: ItemWeights, terms: Mapping[str, Term]) -> dict[str, StepRule]:
-    if unknown := [name for name in rules if name != EVERY_TERM and name not in terms]:
-        raise ValueError(
-            f"`item_weights` names {unknown}, which are no terms; there are {list(terms)} and '*' for all."
-        )
-    return dict(rules)
-
-
-def _check_first(step: Step, task: Task) -> None:
-    """Look at the first batch for what would otherwise go wrong silently, or far from its cause."""
-    task.check(step.student, step.labels)
-    for who, outputs in (("student", step.student), ("teacher", step.teacher)):
-        if outputs is not None and outputs.has_logits and not outputs.logits.isfinite().all():
-            raise ValueError(_non_finite(who, outputs))
-
-
-def _non_finite(who: str, outputs: Outputs) -> str:
-    bad = int((~outputs.logits.isfinite()).sum())
-    return (
-        f"The {who}'s logits are not finite for the first batch: {bad} of {outputs.logits.numel()} are NaN or "
-        f"infinite. Look at the {who}'s weights, its precision (fp16 overflows at 65504) and the inputs' scale."
-    )

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from lightning_distill.export import standalone, write_network
 from lightning_distill.losses.targets import CrossEntropy
 from lightning_distill.losses.term import Term
-from lightning_distill.modules.base import (
-    DistillationModule,
-    ItemWeights,
-    OptimizerFactory,
-    SchedulerFactory,
-    Temperature,
-    build_task,
-)
+from lightning_distill.modules.arguments import ItemWeights, OptimizerFactory, SchedulerFactory, Temperature, build_task
+from lightning_distill.modules.base import DistillationModule
 from lightning_distill.modules.reinitialize import Reinitialize, check_resettable, reinitialize, reset_parameters
 from lightning_distill.outputs import Outputs, Step
 from lightning_distill.tasks import Task
@@ -243,14 +237,10 @@ class BornAgain(DistillationModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, once more by generation, and keep the best weights."""
-        evaluations = dict(self._evaluations)
+        values = {name: float(value) for name, value in self._evaluations.values("val").items()}
         super().on_validation_epoch_end()
         if self.trainer.sanity_checking or self.trainer.state.fn != "fit":
             return
-        values: dict[str, float] = {}
-        for loader, evaluation in evaluations.items():
-            suffix = f"/loader_{loader}" if len(evaluations) > 1 else ""
-            values |= {f"val/{name}{suffix}": float(value) for name, value in evaluation.compute().items()}
         named = {f"{name}/generation_{self.generation}": value for name, value in values.items()}
         self.log_dict(named, batch_size=1, sync_dist=self.trainer.world_size > 1)
         if self.monitor is not None:

@@ -14,14 +14,8 @@ from lightning_distill.losses.auxiliary_heads import AuxiliaryHeads
 from lightning_distill.losses.deep_supervision import LayerwiseKD, OnHeads
 from lightning_distill.losses.self_features import FeatureAlignment
 from lightning_distill.losses.term import Term
-from lightning_distill.modules.base import (
-    DistillationModule,
-    ItemWeights,
-    OptimizerFactory,
-    SchedulerFactory,
-    Temperature,
-    build_task,
-)
+from lightning_distill.modules.arguments import ItemWeights, OptimizerFactory, SchedulerFactory, Temperature, build_task
+from lightning_distill.modules.base import DistillationModule
 from lightning_distill.outputs import Outputs, Step
 from lightning_distill.tasks import Task
 from lightning_distill.teachers import TeacherLike

@@ -11,7 +11,7 @@ from lightning_distill.layer_maps import MapName, named_pairs
 from lightning_distill.losses.distances import Distance
 from lightning_distill.losses.features import FeatureMatching
 from lightning_distill.losses.term import Term
-from lightning_distill.modules.base import Temperature
+from lightning_distill.modules.arguments import Temperature
 from lightning_distill.modules.kd import KD
 from lightning_distill.teachers.build import TeacherLike
 from lightning_distill.teachers.frozen import FrozenTeacher

@@ -11,15 +11,15 @@ from lightning_distill.losses.hard_and_soft import hard_and_soft
 from lightning_distill.losses.soft_targets import SoftTargets
 from lightning_distill.losses.targets import CrossEntropy
 from lightning_distill.losses.term import Term
-from lightning_distill.modules.base import (
+from lightning_distill.modules.arguments import (
     EVERY_TERM,
-    DistillationModule,
     ItemWeights,
     OptimizerFactory,
     SchedulerFactory,
     Temperature,
     build_task,
 )
+from lightning_distill.modules.base import DistillationModule
 from lightning_distill.outputs import Step
 from lightning_distill.tasks import Task
 from lightning_distill.teachers.build import TeacherLike

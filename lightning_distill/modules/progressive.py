@@ -9,12 +9,7 @@ import torch
 from torch import nn
 
 from lightning_distill.losses import EnsembleTargets, Term
-from lightning_distill.modules.base import (
-    ItemWeights,
-    OptimizerFactory,
-    SchedulerFactory,
-    Temperature,
-)
+from lightning_distill.modules.arguments import ItemWeights, OptimizerFactory, SchedulerFactory, Temperature
 from lightning_distill.modules.kd import KD
 from lightning_distill.residual import ResidualEnsemble, residual_members
 from lightning_distill.stages import Earlier, EarlierStage, current_stages

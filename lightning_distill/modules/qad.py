@@ -10,13 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_distill.losses.term import Term
-from lightning_distill.modules.base import (
-    ItemWeights,
-    OptimizerFactory,
-    SchedulerFactory,
-    Temperature,
-    build_task,
-)
+from lightning_distill.modules.arguments import ItemWeights, OptimizerFactory, SchedulerFactory, Temperature, build_task
 from lightning_distill.modules.first_samples import first_samples
 from lightning_distill.modules.kd import KD
 from lightning_distill.outputs import Step

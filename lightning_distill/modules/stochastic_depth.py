@@ -10,13 +10,7 @@ from torch import nn
 
 from lightning_distill.export import write_network
 from lightning_distill.losses.term import Term
-from lightning_distill.modules.base import (
-    ItemWeights,
-    OptimizerFactory,
-    SchedulerFactory,
-    Temperature,
-    build_task,
-)
+from lightning_distill.modules.arguments import ItemWeights, OptimizerFactory, SchedulerFactory, Temperature, build_task
 from lightning_distill.modules.kd import KD
 from lightning_distill.stochastic_depth import (
     Mode,

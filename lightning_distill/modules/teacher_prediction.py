@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_distill.modules.base import build_task
+from lightning_distill.modules.arguments import build_task
 from lightning_distill.outputs import Outputs
 from lightning_distill.tasks import Task
 from lightning_distill.teachers.build import TeacherLike, build_teacher

@@ -478,3 +478,15 @@ def test_other_bad_runs_are_refused(make_trainer, tmp_path):
     with pytest.raises(TypeError, match="`student` must be a torch Module, got int"):
         BornAgain(3)
     assert isinstance(module.terms["hard"], CrossEntropy)
+
+
+def test_several_validation_sets_are_logged_by_their_numbers_and_generation(make_trainer):
+    trainer = make_trainer(max_epochs=2)
+    module = BornAgain(network(), generations=2, optimizer=sgd)
+    trainer.fit(module, loader(), [loader(seed=2), loader(seed=3)])
+    names = {name for name in trainer.callback_metrics if name.startswith("val/accuracy")}
+    assert names == {
+        f"val/accuracy/loader_{number}{generation}"
+        for number in (0, 1)
+        for generation in ("", "/generation_0", "/generation_1")
+    }
