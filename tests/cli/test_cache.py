@@ -78,7 +78,7 @@ def refused(tmp_path, change, message):
 
 def test_a_configuration_without_a_teacher_is_refused(tmp_path):
     refused(
-        tmp_path, lambda c: c["model"]["init_args"].update(teacher=None), "cache: the configuration's KD has no teacher"
+        tmp_path, lambda c: c["model"]["init_args"].update(teacher=None), "error: the configuration's KD has no teacher"
     )
 
 

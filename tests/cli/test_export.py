@@ -14,10 +14,13 @@ import yaml
 
 from lightning_distill import QADModule
 from lightning_distill.cli import main
+from lightning_distill.cli.export.latency import REPEATS, time_torch
+from lightning_distill.cli.export.trained import Trained
 from lightning_distill.compression import read_block_sparse, sparsity_report
 from lightning_distill.datamodules import DigitsDataModule
 from lightning_distill.networks import MLP
 from lightning_distill.quantization import QuantSpec, quantized_layers, read_packed, run_onnx, to_torchao
+from lightning_distill.tasks import Classification
 from lightning_distill.teachers import load_network
 
 pytestmark = [
@@ -306,6 +309,23 @@ def test_a_model_of_tokens_takes_other_lengths(tmp_path, monkeypatch, export):
         rtol=1e-3,
         atol=1e-4,
     )
+
+
+def test_timed_is_what_is_compared(without_compiler):
+    batch = torch.randn(64, 64), torch.zeros(64, dtype=torch.long)
+    trained = Trained(MLP((64, 32, 10)), Classification(), batch)
+    assert torch.equal(trained.inputs, batch[0])
+    assert trained.samples == 64
+    assert trained.float32_bytes == 4 * (64 * 32 + 32 + 32 * 10 + 10)
+    seen, threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    eager, compiled = time_torch([lambda x: seen.append((torch.get_num_threads(), x.shape))] * 2, trained.inputs)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    assert seen == [(1, (64, 64))] * 2 * (REPEATS + 3)
+    assert len(eager) == 2
+    assert all(0 < seconds < 1 for seconds in eager)
+    assert compiled == "not possible here: no compiler"
 
 
 @pytest.mark.parametrize("ending", [".onnx", ".pt", ".safetensors"])
