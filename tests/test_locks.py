@@ -71,7 +71,8 @@ def test_it_is_free_after_its_time_and_after_an_error(tmp_path):
     ("owner", "named"),
     [(None, "another process"), ("half", "another process"), ("7 elsewhere", "the process 7 on elsewhere")],
 )
-def test_who_cannot_be_seen_is_taken_to_live(tmp_path, owner, named):
+def test_who_cannot_be_seen_is_taken_to_live(tmp_path, monkeypatch, owner, named):
+    monkeypatch.setattr(locks, "WORKERS_END", "not waited for")
     with only_process(tmp_path, "comparison"):
         if owner is None:
             (tmp_path / OWNER).unlink()

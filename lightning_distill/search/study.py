@@ -117,14 +117,14 @@ def refuse_running(folder: Path) -> None:
     Raises:
         ValueError: If there is one.
     """
-    for path in (folder / FOLDER).glob("trial*.lock"):
+    for path in (folder / FOLDER).glob("*.lock"):  # of trials, and of the search while references are trained
         lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
-                f"Another process is at a trial in {folder}, which `fresh=True` would delete. Stop it first, or choose "
-                "another `folder`."
+                f"Another process is at the search in {folder}, which `fresh=True` would delete. Stop it first, or "
+                "choose another `folder`."
             ) from None
         lock.release()
 

@@ -103,6 +103,10 @@ def test_a_stage_in_progress_is_followed(tmp_path):
 
 
 def test_a_stage_that_somebody_trains_is_refused(tmp_path, monkeypatch):
+    def start(*_):  # it would start this test, and so on
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(asynchronous, "_start", start)
     monkeypatch.setenv(asynchronous.CHOSEN, "teacher")
     with (
         only_process(tmp_path / "teacher", "stage"),

@@ -175,7 +175,7 @@ def test_a_folder_keeps_one_search(run, tmp_path):
 
 def test_a_search_that_runs_is_not_deleted(run, tmp_path):
     def fresh_inside(settings, seed):
-        with pytest.raises(ValueError, match="Another process is at a trial"):
+        with pytest.raises(ValueError, match="Another process is at the search in"):
             run(quick, fresh=True, trials=1)
         return quick(settings, seed)
 
@@ -187,6 +187,8 @@ def test_the_reference_is_trained_once_and_before_the_trials(run, tmp_path):
 
     def teacher(seed):
         order.append("teacher")
+        with pytest.raises(ValueError, match="Another process is at the search in"):
+            run(quick, fresh=True, trials=1)
         experiment = build({"lr": 0.1, "momentum": 0.0}, seed, epochs=1)
         experiment.datamodule.test_dataloader = experiment.datamodule.val_dataloader
         experiment.module.test_step = lambda batch, batch_idx: None

@@ -103,9 +103,10 @@ class CachedChoice(Choice):
         index = rows[:, 0].long()
         self._grow(int(index.max()) + 1)
         last = torch.zeros(len(self._uses), dtype=torch.int64).scatter_reduce(
-            0, index, torch.arange(len(index)), "amax", include_self=False
-        )[index]
-        self._uses[index], self._shares[index] = rows[last, 1].long(), rows[last, 2:].float()
+            0, index, torch.arange(len(index)), "amax"
+        )
+        rows = rows[last[index]]
+        self._uses[index], self._shares[index] = rows[:, 1].long(), rows[:, 2:].float()
 
     def get_extra_state(self) -> dict[str, Any]:
         """The decisions, and about whom, for the checkpoint."""

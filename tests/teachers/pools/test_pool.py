@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -236,6 +237,19 @@ def test_processes_tell_each_other_what_they_decided(monkeypatch):
     assert told[1].shape == (3, 5)  # 0, 1 and 7
     outer.share()
     assert told[2].shape == (0, 5)
+    monkeypatch.setattr(decisions, "gather_rows", lambda rows: (rows, 0))
+    outer.share()  # nothing was decided anywhere
+    assert choice.get_extra_state()["uses"].tolist()[3:7] == [0] * 4
+    assert {rows.dtype for rows in told} == {torch.float64}  # float32 has no integers above 2 ** 24
+
+
+def test_processes_talk_after_each_training_batch(make_trainer, monkeypatch):
+    told = []
+    monkeypatch.setattr(decisions, "world_size", lambda: 2)
+    monkeypatch.setattr(decisions, "gather_rows", lambda rows: told.append(len(rows)) or (rows, 0))
+    module = KD(nn.Linear(4, 3), TeacherPool(members(), CachedChoice(ScoredChoice("hard"))))
+    make_trainer(max_epochs=2, limit_train_batches=3).fit(module, datamodule=data())
+    assert told == [10] * 6
 
 
 def test_a_pool_may_be_a_member():
@@ -412,6 +426,19 @@ def test_capability_counts_its_time_in_epochs(make_trainer, trainer, times):
     assert seen_times == pytest.approx(times)
     assert pool.choice.thresholds[-1] > 0.5
     assert len(capabilities) > 1
+
+
+def test_thresholds_are_the_same_in_all_processes(make_trainer, monkeypatch):
+    """A metric that is not the same everywhere is taken from the first process."""
+    first = iter([0.25, 0.5])
+    monkeypatch.setattr(
+        SingleDeviceStrategy, "broadcast", lambda self, value, src=0: next(first) if type(value) is float else value
+    )
+    pool = TeacherPool(members(), DifficultyChoice((0.2, 0.5)))
+    make_trainer(max_epochs=2, callbacks=[AdaptToCapability(alpha=0.5)]).fit(
+        KD(nn.Linear(4, 3), pool), datamodule=data()
+    )
+    assert pool.choice.thresholds[-1] == pytest.approx(0.5 * (1 + 0.5 * (0.25 + 0.25 / 2)))
 
 
 def test_rows_of_nested_batches():
