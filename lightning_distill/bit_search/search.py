@@ -76,7 +76,8 @@ def search_bits(
         max_energy: Most joules of the whole network for the first of ``batches``, by ``cost_model``. Exactly one of the
             four budgets.
         cost_model: A :class:`~lightning_distill.hardware.CostModel`, a preset or the file of one. Fewer bits are fewer
-            bytes to it, and faster arithmetic only as far as its ``speedups`` say.
+            bytes to one of eager mode, and faster arithmetic only as far as its ``speedups`` say; one of ONNX Runtime
+            has measured kernels.
         bits: Numbers of bits to choose from: 2 to 16, or those of the quantized layers, 1 to 8, 16 and 32.
         layers: Names of the searched layers; by default all linear, convolution and embedding layers, or all that are
             quantized.
