@@ -38,7 +38,6 @@ def assert_close(found, expected, tolerance):
         torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, equal_nan=True, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of the data loader
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_micro_batches_change_nothing(tmp_path, compression):
     whole, parts = f"{compression}-mlp", f"{compression}-mlp@2"
