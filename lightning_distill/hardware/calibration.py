@@ -77,14 +77,18 @@ def fit_kernels(
         The model; its constants for all operations are those of the networks in floating point.
 
     Raises:
-        ValueError: If there are less than three networks in floating point, not one time for each, or a time is not
-            positive.
+        ValueError: If there are less than three networks in floating point, fewer networks than kernels, not one time
+            for each, or a time is not positive.
     """
     _check(counts, seconds)
     plain = [i for i, costs in enumerate(counts) if all(cost.weight_bits > 8 for cost in costs)]
     simple = fit_cost_model([counts[i] for i in plain], [seconds[i] for i in plain], name=name)
     uses = [[kernel_use(each, cost, runtime) for cost in costs for each in cost.operations] for costs in counts]
     names = sorted({use.kernel for of_network in uses for use in of_network})
+    if len(names) > len(seconds):
+        raise ValueError(
+            f"{len(seconds)} times do not tell {len(names)} kernels apart. Measure more networks or batches."
+        )
     place = {kernel: 1 + _AMOUNTS * number for number, kernel in enumerate(names)}
     table = np.zeros((len(uses), 1 + _AMOUNTS * len(names)))
     table[:, 0] = runtime == "onnx"  # a session has to be called; eager mode only starts its operations
@@ -149,7 +153,7 @@ def calibrate_cost_model(
         name: Of the model.
 
     Raises:
-        ValueError: If there are less than three networks, or ``turns`` is not positive.
+        ValueError: If there are less than three networks, or fewer than kernels, or ``turns`` is not positive.
     """
     if turns < 1:
         raise ValueError(f"`turns` must be positive, got {turns}.")

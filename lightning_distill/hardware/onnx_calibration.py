@@ -47,7 +47,8 @@ def calibrate_onnx(
 
     Raises:
         ModuleNotFoundError: If the packages of the extra ``onnx`` are missing.
-        ValueError: If there are less than three times of networks in floating point, or a number of bits is none.
+        ValueError: If there are less than three times of networks in floating point, or fewer times than kernels, or a
+            number of bits is none.
     """
     chosen = calibration_networks() if networks is None else networks
     counts, seconds = time_onnx(chosen, weights=weights, repeats=repeats, threads=threads, measure=measure)

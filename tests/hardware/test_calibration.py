@@ -189,6 +189,11 @@ def test_bad_input_is_refused():
         fit_cost_model([layer] * 3, [1.0, 0.0, 1.0])
     with pytest.raises(ValueError, match=r"`seconds` must be positive, got -1\.0"):
         fit_kernels([layer] * 3, [1.0, -1.0, 1.0])
+    kinds = ("vector", "matrix", "attention", "function")
+    networks = [[LayerCost("", "", 1, operations=tuple(map(Operation, kinds)))]] * 3
+    with pytest.raises(ValueError, match=r"3 times do not tell 4 kernels apart\. Measure more networks"):
+        fit_kernels(networks, [1.0] * 3)
+    assert len(fit_kernels([*networks, networks[0]], [1.0] * 4).kernels) == 4
     with pytest.raises(ValueError, match="`turns` must be positive, got 0"):
         calibrate_cost_model(turns=0)
     with pytest.raises(ValueError, match="`rounds` must be positive, got 0"):
