@@ -4,7 +4,8 @@
 
 A convolutional network with seven layers is trained on the 8x8 digits. All 4 ** 7 plans of 2, 4, 8 and 16 bits are
 tried on the same samples that the searches look at. Reported is the hypervolume in the plane of size and square root of
-the divergence, relative to that of the true front.
+the divergence, relative to that of the true front. Then plans by layer are held against plans by channel: divergence on
+these samples, and accuracy on the test images, without any training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 import random
 import time
 from pathlib import Path
+from statistics import stdev
+from typing import Any
 
 import lightning as L
 import torch
@@ -33,6 +36,7 @@ from lightning_distill.bit_search import (
     hypervolume,
     layer_errors,
     pareto_front,
+    search_bits,
     squared_errors,
     try_allocations,
 )
@@ -40,6 +44,9 @@ from lightning_distill.datamodules import DigitsDataModule
 from lightning_distill.tasks import Classification
 
 BITS = (2, 4, 8, 16)
+CHANNEL_BITS = (2, 3, 4, 6, 8)
+MEANS = (2.25, 2.5, 3.0, 4.0)
+Batches = list[tuple[torch.Tensor, ...]]
 WIDTHS = (12, 16, 16, 24, 24, 32)
 
 
@@ -51,8 +58,8 @@ def build() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * WIDTHS[-1], 10))
 
 
-def train(seed: int) -> tuple[nn.Module, list[tuple[torch.Tensor, ...]], float]:
-    """The network, 200 validation images, test accuracy."""
+def train(seed: int) -> tuple[nn.Module, Batches, float, tuple[torch.Tensor, ...]]:
+    """The network, 200 validation images, its test accuracy, the test data."""
     L.seed_everything(seed, verbose=False)
     datamodule = DigitsDataModule(batch_size=64, seed=seed)
     module = KD(build(), alpha=1.0, optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3))
@@ -63,11 +70,25 @@ def train(seed: int) -> tuple[nn.Module, list[tuple[torch.Tensor, ...]], float]:
     trainer.fit(module, datamodule=datamodule)
     accuracy = trainer.test(module, datamodule=datamodule, verbose=False)[0]["test/accuracy"]
     images = datamodule.splits.validation[0][:200]
-    return module.export(), [(images,)], accuracy
+    return module.export(), [(images,)], accuracy, datamodule.splits.test
 
 
-def compare(seed: int) -> dict[str, object]:
-    network, batches, accuracy = train(seed)
+def by_granularity(network: nn.Module, batches: Batches, test: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+    """Divergence and test accuracy of plans by layer and by channel, for several budgets."""
+    rounded, rows = RoundedWeights(network, CHANNEL_BITS), {}
+    for bits in MEANS:
+        for granularity in ("layer", "channel"):
+            found = search_bits(
+                network, batches, effective_bits=bits, bits=CHANNEL_BITS, granularity=granularity, points=0
+            )
+            with rounded.applied(found.plan), torch.no_grad():
+                correct = float((network(test[0]).argmax(dim=1) == test[1]).float().mean())
+            rows[f"{bits:g} bits, by {granularity}"] = {"divergence": found.loss, "accuracy": correct}
+    return rows
+
+
+def compare(seed: int) -> dict[str, Any]:
+    network, batches, accuracy, test = train(seed)
     rounded = RoundedWeights(network, BITS)
     loss = PlanLoss(network, rounded, batches, Classification())
     start = time.process_time()
@@ -123,6 +144,7 @@ def compare(seed: int) -> dict[str, object]:
     return {
         "seed": seed, "accuracy": accuracy, "parameters": sum(rounded.sizes.values()), "plans": len(every),
         "front": len(front), "seconds": seconds, "methods": rows,
+        "granularity": by_granularity(network, batches, test),
     }  # fmt: skip
 
 
@@ -145,6 +167,13 @@ def main() -> None:
         shares = [row["share"] for row in rows]
         count = sum(row["evaluations"] for row in rows) / len(rows)
         print(f"{name:28}  {count:11.0f}  {sum(shares) / len(shares):.3f} ({min(shares):.3f})")
+
+    print("without training                divergence    test accuracy, mean and standard deviation")
+    for name in found[0]["granularity"]:
+        losses = [result["granularity"][name]["divergence"] for result in found]
+        right = [100 * result["granularity"][name]["accuracy"] for result in found]
+        spread = stdev(right) if len(right) > 1 else 0.0
+        print(f"{name:28}  {sum(losses) / len(losses):12.4f}  {sum(right) / len(right):8.2f} ± {spread:.2f}")
 
 
 if __name__ == "__main__":
