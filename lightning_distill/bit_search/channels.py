@@ -185,7 +185,7 @@ def _fill(error: np.ndarray, cost: np.ndarray, chosen: np.ndarray, budget: float
     while True:
         gain = error[rows, chosen][:, None] - error
         price = cost - cost[rows, chosen][:, None]
-        useful = (gain > 0) & (price > 0) & (price <= left)
+        useful = (gain > 0) & (price <= left)
         if not useful.any():
             return chosen
         ratio = np.where(useful, gain / np.where(useful, price, 1.0), -np.inf)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,31 +94,15 @@ def fisher_errors(
     samples: int = 64,
     seed: int = 0,
 ) -> dict[str, dict[int, float]]:
-    r"""Second-order estimate of :class:`PlanLoss` for each layer alone: :math:`\frac12 \Delta w^\top F \Delta w`.
+    """Second-order estimate of :class:`PlanLoss` for each layer alone: the sum of :func:`channel_fisher_errors`.
 
-    :math:`F = \mathbb{E}[g g^\top]` is the Fisher information, which the divergence has for its second derivative; its
-    gradients :math:`g` are of single samples, whose labels are drawn from the network's own prediction (compare HAWQ,
-    Dong et al. 2019, which uses eigenvalues of the Hessian). So the errors are :math:`\frac12 \mathbb{E}[(g^\top \Delta
-    w)^2]`. One backward pass per sample, and no forward pass per number of bits.
-
-    Args:
-        network: The network.
-        rounded: Its rounded weights; gradients are taken without rounding.
-        batches: Batches of samples; only the first ``samples`` are used.
-        task: How a batch is read; a classifier's or a language model's.
-        samples: How many samples (tokens) have a gradient, positive.
-        seed: Of the drawn labels.
+    What channels do to each other is left out: from so few samples it would be noise above all.
 
     Returns:
         By layer and number of bits, in nats.
-
-    Raises:
-        ValueError: If the task has no probabilities, ``samples`` is not positive, or there are no batches.
     """
-    found = _mean_squares(
-        network, rounded, batches, task, samples, seed, of=lambda slopes: slopes.sum(dim=0, keepdim=True)
-    )
-    return layer_sums({name: squares / 2 for name, squares in found.items()}, rounded.bits)
+    found = channel_fisher_errors(network, rounded, batches, task, samples=samples, seed=seed)
+    return layer_sums(found, rounded.bits)
 
 
 def channel_fisher_errors(
@@ -130,43 +114,45 @@ def channel_fisher_errors(
     samples: int = 256,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """As :func:`fisher_errors`, of each output channel alone; channels differ less than layers, so take more samples.
+    r"""Second-order estimate of :class:`PlanLoss` for each output channel alone.
+
+    .. math:: \frac12 \Delta w^\top F \Delta w = \frac12 \mathbb{E}\left[(g^\top \Delta w)^2\right], \qquad
+        F = \mathbb{E}[g g^\top]
+
+    The Fisher information :math:`F` is the second derivative of the divergence; its gradients :math:`g` are of single
+    samples, whose labels are drawn from the network's own prediction (compare HAWQ, Dong et al. 2019, which uses
+    eigenvalues of the Hessian). One backward pass per sample, and no forward pass per number of bits.
+
+    Args:
+        network: The network.
+        rounded: Its rounded weights; gradients are taken without rounding.
+        batches: Batches of samples; only the first ``samples`` are used.
+        task: How a batch is read; a classifier's or a language model's.
+        samples: How many samples (tokens) have a gradient, positive.
+        seed: Of the drawn labels.
 
     Returns:
         By layer, shape ``(channels, numbers of bits)``, in nats.
+
+    Raises:
+        ValueError: If the task has no probabilities, ``samples`` is not positive, or there are no batches.
     """
-    found = _mean_squares(network, rounded, batches, task, samples, seed, of=lambda slopes: slopes)
-    return {name: squares / 2 for name, squares in found.items()}
+    changes = {name: rounded.changes(name).float() for name in rounded.sizes}
+    total = {name: change.new_zeros(change.shape[1], len(rounded.bits)) for name, change in changes.items()}
+    seen = 0
+    for gradients in _sample_gradients(network, rounded, batches, task, samples, seed):
+        for name, gradient in gradients.items():
+            rows = rounded.rows(name, gradient).float()
+            total[name] += torch.einsum("cw,bcw->cb", rows, changes[name]).square()
+        seen += 1
+    if seen == 0:
+        raise ValueError("`batches` is empty: there is nothing to take gradients of.")
+    return {name: squares / (2 * seen) for name, squares in total.items()}
 
 
 def layer_sums(errors: Mapping[str, Tensor], bits: Sequence[int]) -> dict[str, dict[int, float]]:
     """The sums over channels of what is of shape ``(channels, numbers of bits)``."""
     return {name: dict(zip(bits, found.double().sum(dim=0).tolist(), strict=True)) for name, found in errors.items()}
-
-
-def _mean_squares(
-    network: nn.Module,
-    rounded: RoundedWeights | QuantizedWeights,
-    batches: Iterable[Any],
-    task: Task,
-    samples: int,
-    seed: int,
-    *,
-    of: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """The mean over samples of the squares of ``of(slopes)``: slopes are how the loss changes with each channel's
-    rounding, shape ``(channels, numbers of bits)``."""
-    changes = {name: rounded.changes(name).float() for name in rounded.sizes}
-    total = {name: of(change.new_zeros(change.shape[1], len(rounded.bits))) for name, change in changes.items()}
-    seen = 0
-    for gradients in _sample_gradients(network, rounded, batches, task, samples, seed):
-        for name, gradient in gradients.items():
-            slopes = torch.einsum("cw,bcw->cb", rounded.rows(name, gradient).float(), changes[name])
-            total[name] += of(slopes).square()
-        seen += 1
-    if seen == 0:
-        raise ValueError("`batches` is empty: there is nothing to take gradients of.")
-    return {name: squares / seen for name, squares in total.items()}
 
 
 def _sample_gradients(

@@ -133,21 +133,18 @@ def test_fisher_is_the_second_order_estimate_of_the_divergence():
     hidden = network.blocks(x).detach()
     p = network(x).softmax(dim=1).detach()
     change = hidden @ (round_weight(network.head.weight, 6) - network.head.weight.detach()).T  # of the logits
-    # E over labels of (g . dw) ** 2, exactly: the variance of the logits' change under p
-    exact = (p * change.square()).sum(dim=1) - (p * change).sum(dim=1).square()
-    drawn = [
-        fisher_errors(network, rounded, batches, Classification(), samples=256, seed=s)["head"][6] for s in range(12)
-    ]
-    assert sum(drawn) / 12 == pytest.approx(
-        0.5 * exact.mean().item(), rel=0.25
-    )  # of 12 draws, whose standard error is 11 %
-    measured = PlanLoss(network, rounded, batches, Classification())({"head": 6})
-    assert 0.5 * exact.mean().item() == pytest.approx(measured, rel=0.05)
-    channels = sum(
-        channel_fisher_errors(network, rounded, batches, Classification(), samples=256, seed=s)["head"][:, 0]
-        for s in range(12)
-    )
-    torch.testing.assert_close(channels / 12, 0.5 * (p * (1 - p) * change.square()).mean(dim=0), rtol=0.4, atol=0)
+    # E over labels of (g . dw) ** 2 of each channel, exactly: the variance of its logit's change under p
+    exact = 0.5 * (p * (1 - p) * change.square()).mean(dim=0)
+    settings = (network, rounded, batches, Classification())
+    drawn = [fisher_errors(*settings, samples=256, seed=s)["head"][6] for s in range(12)]
+    assert sum(drawn) / 12 == pytest.approx(exact.sum().item(), rel=0.25)
+    channels = [channel_fisher_errors(*settings, samples=256, seed=s)["head"][:, 0] for s in range(12)]
+    torch.testing.assert_close(sum(channels) / 12, exact, rtol=0.4, atol=0)  # a standard error is about 11 %
+    assert drawn == pytest.approx([own.sum().item() for own in channels])
+    fine = RoundedWeights(network, (6, 16), ["head"])
+    loss = PlanLoss(network, fine, batches, Classification())
+    measured = [loss({"head": tuple(6 if own == channel else 16 for own in range(3))}) for channel in range(3)]
+    assert exact.tolist() == pytest.approx(measured, rel=0.05)
     assert len(set(drawn)) == 12
     assert found["head"][8] < found["head"][6]
     assert found == fisher_errors(network, rounded, batches, Classification(), samples=256)

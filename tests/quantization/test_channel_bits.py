@@ -76,6 +76,18 @@ def test_the_same_bits_in_all_channels_are_the_bits_of_the_layer():
     assert (layer.bits, layer.weight_bits, layer.mean_weight_bits) == (8, 8, 8.0)
 
 
+def test_one_bit_beside_others_is_trained_and_has_no_zero():
+    network = prepare(linear(), QuantSpec((1, 1, 4, 4, 8, 8)))
+    network(torch.randn(7, 16)).sum().backward()
+    steps = network[0].log_weight_scale.grad
+    assert steps.isfinite().all()
+    assert steps[:2].abs().min() > 0
+    assert len(network[0].quantized_weight()[0].unique()) == 2
+    assert not network[0].weight_grid.has_zero
+    network[0].set_bits((3, 4, 4, 4, 8, 8))
+    assert network[0].weight_grid.has_zero
+
+
 def test_tables_read_the_levels_of_their_rows():
     table = prepare(nn.Sequential(nn.Embedding(6, 8)), QuantSpec(BITS))
     ids = torch.tensor([[1, 2, 2], [0, 5, 1]])
