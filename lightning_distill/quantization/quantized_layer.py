@@ -52,7 +52,6 @@ class QuantizedLayer(nn.Module):
     log_activation_scale: Tensor
     activation_zero_point: Tensor
     log_sharpness: nn.Parameter
-    channel_grid: Tensor
 
     spec: QuantSpec
     bits: Bits
@@ -82,8 +81,6 @@ class QuantizedLayer(nn.Module):
 
     def become_plain(self) -> None:
         """Be the layer that it was before, with its weights in floating point."""
-        if "channel_grid" in self._buffers:
-            del self.channel_grid
         for name in STEPS:
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
@@ -130,11 +127,9 @@ class QuantizedLayer(nn.Module):
 
     def _take_bits(self, bits: Bits) -> None:
         self.bits = bits
-        if "channel_grid" in self._buffers:
-            del self.channel_grid
         if isinstance(bits, tuple):
-            grids = torch.tensor([self._grid_of(own) for own in bits], device=self.weight.device)
-            self.register_buffer("channel_grid", grids.T.reshape(3, -1, 1, 1), persistent=False)
+            grids = torch.tensor([self._grid_of(own) for own in bits])
+            self._channel_grid = RowGrid(*grids.T.reshape(3, -1, 1, 1))
 
     def _grid_of(self, bits: int) -> Grid:
         even = self.spec.scheme == "seq" or (self.spec.scheme in ("auto", "fixed") and bits <= 2)
@@ -160,7 +155,11 @@ class QuantizedLayer(nn.Module):
         """The levels of the weights; 1 to 8 bits."""
         if self._closed_form is not None:
             return grid_of(1, "even") if self._closed_form == "binary" else grid_of(2, "narrow")
-        return self._grid_of(self.bits) if isinstance(self.bits, int) else RowGrid(*self.channel_grid)
+        if isinstance(self.bits, int):
+            return self._grid_of(self.bits)
+        if self._channel_grid.lowest.device != self.weight.device:  # no buffer: those must not come and go
+            self._channel_grid = RowGrid(*(part.to(self.weight.device) for part in self._channel_grid))
+        return self._channel_grid
 
     def calibrate_weight(self) -> None:
         """Set the steps of the weights to those of the least squared error."""

@@ -94,7 +94,7 @@ def size_report(model: nn.Module) -> SizeReport:
         id(tensor)
         for layer in layers.values()
         for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-        if name in (*STEPS, "channel_grid")
+        if name in STEPS
     }
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in ours | helpers]
     weights = sum(layer.weight.numel() for layer in layers.values())

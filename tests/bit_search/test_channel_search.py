@@ -22,8 +22,9 @@ from lightning_distill.bit_search import (
     search_bits,
     squared_errors,
 )
-from lightning_distill.callbacks import BitSearch
+from lightning_distill.callbacks import BitSearch, MeanTeacher
 from lightning_distill.datamodules import DigitsDataModule
+from lightning_distill.losses import SoftTargets
 from lightning_distill.networks import MLP
 from lightning_distill.quantization import (
     QuantSpec,
@@ -176,7 +177,7 @@ def test_errors_of_channels_sum_to_those_of_layers_and_plans_of_channels_are_put
     with rounded.applied({name: bits}):
         assert torch.equal(weight(), expected)
     assert all(torch.equal(value, before[1][key]) for key, value in network.state_dict().items())
-    assert "channel_grid" not in dict(layer.named_buffers())
+    assert kind is RoundedWeights or layer.bits == 8
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -252,3 +253,14 @@ def test_the_callback_gives_a_student_bits_of_channels_and_a_resumed_run_keeps_t
     with full_precision(whole.student), full_precision(resumed.student):
         x = torch.randn(3, 64)
         assert torch.equal(whole.student(x), resumed.student(x))
+
+
+def test_a_mean_teacher_goes_on_where_the_student_gets_bits_of_channels(make_trainer, tmp_path):
+    torch.manual_seed(0)
+    module = QADModule(MLP((64, 16, 10)), None, alpha=0.3, terms={"soft": SoftTargets()})
+    search = BitSearch(3.0, bits=(2, 4, 8), granularity="channel", start_step=3, samples=64, points=0)
+    search.folder = str(tmp_path)
+    trainer = make_trainer(max_steps=8, callbacks=[MeanTeacher(momentum=0.9), search])
+    trainer.fit(module, datamodule=DigitsDataModule(seed=0))
+    assert module.teacher.updates == 8
+    assert any(isinstance(layer.bits, tuple) for layer in quantized_layers(module.student).values())

@@ -69,7 +69,6 @@ def test_each_channel_is_quantized_and_trained_as_in_a_layer_of_its_bits(setting
 def test_the_same_bits_in_all_channels_are_the_bits_of_the_layer():
     layer = prepare(linear(), QuantSpec((4,) * 6))[0]
     assert layer.bits == 4
-    assert "channel_grid" not in dict(layer.named_buffers())
     layer.set_bits([2, 4, 4, 4, 4, 4])
     assert (layer.bits, layer.weight_bits, layer.mean_weight_bits) == ((2, 4, 4, 4, 4, 4), 4, 22 / 6)
     layer.set_bits([8] * 6)
