@@ -203,6 +203,11 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "Rounding has no second derivatives, so `create_graph=True` cannot go through it. Take them in "
+                "floating point: `with full_precision(model): ...`."
+            )
         # passes over memory are what this costs, new memory above all: few of them, and two buffers
         (gradient,) = gradients
         values, scale, quantized = ctx.saved_tensors

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
 from lightning_distill.quantization import (
+    QuantSpec,
     affine_scale,
     alternate_scale_and_codes,
     binary_quantize,
@@ -9,11 +11,13 @@ from lightning_distill.quantization import (
     codes_of,
     dsq_fake_quantize,
     fake_quantize,
+    full_precision,
     grid_of,
     lsq_initial_scale,
     minmax_scale,
     mse_affine_scale,
     mse_scale,
+    prepare,
     soft_staircase,
     ternary_quantize,
 )
@@ -274,3 +278,16 @@ def test_the_outermost_levels_get_gradients_and_what_lies_beyond_does_not(bits, 
     values = torch.cat([ends, beyond]).requires_grad_()
     fake_quantize(values, torch.tensor(1.0, dtype=dtype), grid=grid).sum().backward()
     assert values.grad.tolist() == [1, 1, 0, 0]
+
+
+def test_second_derivatives_are_refused_with_a_way_out():
+    model, x = prepare(nn.Sequential(nn.Linear(4, 3)), QuantSpec(4)), torch.randn(5, 4)
+
+    def curvature():
+        (slope,) = torch.autograd.grad(model(x).square().sum(), model[0].weight, create_graph=True)
+        return torch.autograd.grad(slope.sum(), model[0].weight)[0]
+
+    with pytest.raises(RuntimeError, match=r"Rounding has no second derivatives.*`with full_precision\(model\)"):
+        curvature()
+    with full_precision(model):
+        torch.testing.assert_close(curvature(), (2 * x.T @ x).sum(0).expand(3, 4))
