@@ -18,7 +18,8 @@ from lightning_distill.files import draft_of
 from lightning_distill.modes import inference
 from lightning_distill.quantization.network import quantized_layers, require_in_force
 from lightning_distill.quantization.onnx_graph import Graph, fold_batch_norms, quantize_convolution_biases
-from lightning_distill.quantization.onnx_layers import OPSET, to_onnx_layer
+from lightning_distill.quantization.onnx_layers import to_onnx_layer
+from lightning_distill.quantization.onnx_operators import OPSET
 from lightning_distill.quantization.onnx_runtime import Inputs, as_tuple, run_onnx, said
 
 _LARGEST = 2**31 - 1  # bytes that a file of protocol buffers holds

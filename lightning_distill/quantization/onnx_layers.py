@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_distill.quantization.fake_quantize import grid_of
-from lightning_distill.quantization.integers import IntegerWeight, integer_weight
+from lightning_distill.quantization.integers import integer_weight
 from lightning_distill.quantization.layers import transposed_convolution, transposed_from_rows
+from lightning_distill.quantization.onnx_operators import operator
+from lightning_distill.quantization.onnx_packed import PackedLinear, block_size
 from lightning_distill.quantization.quantized_layer import STEPS, QuantizedLayer
-
-OPSET = 21
-"""The first one with 4-bit numbers and steps of groups."""
 
 
 class OnnxLayer(nn.Module):
@@ -29,20 +27,19 @@ class OnnxLayer(nn.Module):
     input_scale: Tensor
     input_zero_point: Tensor
     highest_code: int
-    packed: dict[str, int] | None
+    packed: PackedLinear | None
     weight_shape: tuple[int, ...]
     rows_shape: tuple[int, ...]
-    shift: Tensor
 
     def dequantized_input(self, values: Tensor) -> Tensor:
         """``values`` rounded to the levels of the layer's input, as a pair of operators that runtimes know."""
         if not hasattr(self, "input_scale"):
             return values
         inputs = (values, self.input_scale, self.input_zero_point)
-        codes = _operator("QuantizeLinear", inputs, torch.uint8, values.shape)
+        codes = operator("QuantizeLinear", inputs, torch.uint8, values.shape)
         if self.highest_code < 255:  # fewer bits than their container: behind the operator, so that it stays fusable
             codes = codes.clamp(max=self.highest_code)
-        return _operator("DequantizeLinear", (codes, *inputs[1:]), torch.float32, values.shape)
+        return operator("DequantizeLinear", (codes, *inputs[1:]), torch.float32, values.shape)
 
     def dequantized_weight(self, shape: tuple[int, ...], axis: int) -> Tensor:
         """The weight in floating point; ``axis`` is that of the channels in ``weight_codes``."""
@@ -52,7 +49,7 @@ class OnnxLayer(nn.Module):
         inputs: tuple[Tensor, ...] = (self.weight_codes, self.weight_scale)
         if hasattr(self, "weight_zero_point"):
             inputs = (*inputs, self.weight_zero_point)
-        weight = _operator("DequantizeLinear", inputs, torch.float32, self.weight_codes.shape, **attributes)
+        weight = operator("DequantizeLinear", inputs, torch.float32, self.weight_codes.shape, **attributes)
         return weight.reshape(shape)
 
 
@@ -63,12 +60,7 @@ class OnnxLinear(OnnxLayer, nn.Linear):
         """As ``nn.Linear``."""
         values = self.dequantized_input(input)
         if self.packed is not None:
-            operands = (values, self.weight_codes, self.weight_scale)
-            shape = (*values.shape[:-1], self.out_features)
-            output = _operator("com.microsoft::MatMulNBits", operands, torch.float32, shape, 1, **self.packed)
-            if hasattr(self, "shift"):  # levels half a step beside the codes
-                groups = values.reshape(*values.shape[:-1], self.shift.shape[0], -1).sum(dim=-1)
-                output = output + groups @ self.shift
+            output: Tensor = self.packed(values)
         elif self.weight_scale.ndim > 1:
             output = values @ self.dequantized_weight((self.out_features, self.in_features), 0).T
         else:
@@ -80,7 +72,7 @@ class OnnxLinear(OnnxLayer, nn.Linear):
         if not hasattr(self, "bias_codes"):
             return self.bias
         inputs = (self.bias_codes, self.bias_scale, self.bias_zero_point)
-        return _operator("DequantizeLinear", inputs, torch.float32, self.bias_codes.shape, axis=0)
+        return operator("DequantizeLinear", inputs, torch.float32, self.bias_codes.shape, axis=0)
 
 
 class OnnxConv1d(OnnxLayer, nn.Conv1d):
@@ -171,6 +163,9 @@ def to_onnx_layer(layer: QuantizedLayer, name: str, *, accuracy_level: int) -> N
     found, bits = integer_weight(layer), layer.weight_bits
     # ranges of tokens are left to the runtime: `MatMulNBits` finds them as it rounds its inputs
     activations = layer.activation_bits if layer.needs_range else None
+    packed = None
+    if isinstance(layer, nn.Linear) and activations is None and (block := block_size(found)) is not None:
+        packed = PackedLinear(layer, found, block=block, accuracy_level=accuracy_level)
     ours = next(ours for plain, ours in _BECOMES.items() if isinstance(layer, plain))
     exported: Any = layer
     exported.weight_shape = tuple(layer.weight.shape)
@@ -178,14 +173,13 @@ def to_onnx_layer(layer: QuantizedLayer, name: str, *, accuracy_level: int) -> N
         scale, zero = layer.activation_scale.detach().float(), layer.activation_zero_point.detach()
     exported.rows_shape = tuple(layer.channels_first(layer.weight).shape)
     _drop(exported, (*STEPS, "weight"))
-    exported.__class__, exported.packed = ours, None
+    exported.__class__, exported.packed = ours, packed
+    if packed is not None:
+        return
     if activations is not None:
         exported.register_buffer("input_scale", scale)
         exported.register_buffer("input_zero_point", zero.to(torch.uint8))
         exported.highest_code = grid_of(activations, "unsigned").highest
-    if isinstance(exported, OnnxLinear) and activations is None and (block := _block_size(found)) is not None:
-        _pack(exported, found, _container(bits), block, accuracy_level)
-        return
     whole = found.symmetric()
     if int(whole.codes.abs().max()) > 127:
         raise ValueError(
@@ -226,48 +220,6 @@ def _drop(layer: Any, names: tuple[str, ...]) -> None:
     for name in names:
         if name in layer._parameters or name in layer._buffers:
             delattr(layer, name)
-
-
-def _operator(
-    name: str,
-    inputs: tuple[Tensor, ...],
-    dtype: torch.dtype,
-    shape: torch.Size | tuple[int, ...],
-    version: int = OPSET,
-    **attributes: int,
-) -> Tensor:
-    return torch.onnx.ops.symbolic(name, inputs, dict(attributes), dtype=dtype, shape=shape, version=version)
-
-
-def _container(bits: int) -> int:
-    """Bits that ``MatMulNBits`` has and that hold ``bits``."""
-    return next(width for width in (2, 4, 8) if width >= bits)
-
-
-def _block_size(weight: IntegerWeight) -> int | None:
-    """Weights that share a step in the file; ``None`` where the operator has no such blocks."""
-    inputs = weight.codes[0].numel()
-    if weight.codes.shape[1] == 1:  # one step per channel: repeated for each block
-        return min(128, max(16, 1 << (inputs - 1).bit_length()))
-    size = weight.codes.shape[2]
-    return size if size >= 16 and size & (size - 1) == 0 else None
-
-
-def _pack(layer: Any, weight: IntegerWeight, bits: int, block: int, accuracy_level: int) -> None:
-    """Codes as ``MatMulNBits`` reads them: blocks of unsigned numbers, the first one in the lowest bits."""
-    channels, inputs = len(weight.codes), weight.codes[0].numel()
-    blocks = -(-inputs // block)
-    codes = F.pad(weight.codes.reshape(channels, inputs).int() + 2 ** (bits - 1), (0, blocks * block - inputs))
-    parts = codes.reshape(channels, blocks, -1, 8 // bits) << (bits * torch.arange(8 // bits))
-    layer.register_buffer("weight_codes", parts.sum(dim=-1).to(torch.uint8))
-    scale = weight.scale.reshape(channels, -1)
-    layer.register_buffer("weight_scale", scale.expand(channels, blocks).contiguous())
-    layer.packed = {
-        "K": inputs, "N": channels, "bits": bits, "block_size": block, "accuracy_level": accuracy_level
-    }  # fmt: skip
-    shift = -weight.zero_point * weight.scale  # what a code of 0 stands for
-    if bool(shift.any()):
-        layer.register_buffer("shift", shift.reshape(channels, -1).T.contiguous())
 
 
 def _quantize_bias(layer: Any) -> None:

@@ -185,6 +185,18 @@ def test_onnx_files_compute_the_same(tmp_path):
     assert export_onnx(network, x, tmp_path / "linear.onnx", accuracy_level=0).relative_error < 1e-5
 
 
+def test_onnx_keeps_the_channels_of_linear_layers_in_their_widths(tmp_path):
+    x = torch.randn(16, 256)
+    network = prepare(nn.Sequential(nn.Linear(256, 128)), QuantSpec((2, 8) * 64))
+    found = export_onnx(network, x, tmp_path / "network.onnx", accuracy_level=0)
+    assert found.relative_error < 1e-5
+    widest = prepare(nn.Sequential(nn.Linear(256, 128)), QuantSpec(8))
+    saved = export_onnx(widest, x, tmp_path / "widest.onnx", accuracy_level=0).bytes - found.bytes
+    assert 0.6 < saved / (64 * 256 * 6 / 8) < 1  # one operator more, and the order of the channels
+    graph = (tmp_path / "network.onnx").read_bytes().decode("latin1")
+    assert graph.count("MatMulNBits") == 2
+
+
 def test_whole_numbers_and_torchao_compute_the_same():
     network, x = prepare(linear(), QuantSpec(BITS, 8)), torch.randn(32, 16)
     calibrate(network, [x])
