@@ -105,7 +105,8 @@ def allocate_channels(
         Bits of each channel by layer.
 
     Raises:
-        ValueError: If shapes or names do not match, a number is not finite, or the fewest bits are over the budget.
+        ValueError: If shapes or names do not match, an error is NaN or a channel has no finite one, or the
+            fewest bits are over the budget.
 
     Example:
         >>> allocate_channels({"a": torch.tensor([[9.0, 0.0], [1.0, 0.0]])}, {"a": 20}, (2, 8), budget=100)
@@ -116,10 +117,12 @@ def allocate_channels(
     if errors.keys() != sizes.keys() or not errors:
         raise ValueError(f"`errors` and `sizes` must have the same layers, got {list(errors)} and {list(sizes)}.")
     for layer, own in errors.items():
-        if own.ndim != 2 or own.shape[1] != len(bits) or not bool((own < math.inf).any(dim=1).all()):
+        if own.ndim != 2 or own.shape[1] != len(bits):
+            raise ValueError(f"`errors` of {layer!r} must be of shape (channels, {len(bits)}), got {tuple(own.shape)}.")
+        if not bool((own > -math.inf).all() and own.isfinite().any(dim=1).all()):  # a NaN is not larger
             raise ValueError(
-                f"`errors` of {layer!r} must be of shape (channels, {len(bits)}), finite somewhere in each row, got "
-                f"{tuple(own.shape)}."
+                f"`errors` of {layer!r} must be numbers, infinite where a channel shall not have these bits, "
+                "and finite somewhere in each row."
             )
     error = torch.cat([own.double().cpu() for own in errors.values()]).numpy()
     each = np.concatenate([np.full(len(own), sizes[layer] / len(own)) for layer, own in errors.items()])

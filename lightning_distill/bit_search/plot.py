@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_distill.bit_search.rounding import mean_bits
+from lightning_distill.quantization.spec import mean_bits
 
 if TYPE_CHECKING:
     from lightning_distill.bit_search.result import BitSearchResult

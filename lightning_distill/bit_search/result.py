@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning_distill.bit_search.budgets import Unit
 from lightning_distill.bit_search.pareto import pareto_front
-from lightning_distill.bit_search.rounding import effective_bits, mean_bits
+from lightning_distill.bit_search.rounding import effective_bits
 from lightning_distill.bit_search.trials import Trial
-from lightning_distill.quantization.spec import Bits
+from lightning_distill.quantization.spec import Bits, mean_bits
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.bit_search.allocate import weight_bits
-from lightning_distill.quantization.spec import Bits
+from lightning_distill.quantization.spec import Bits, mean_bits
 
 ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 BITS = range(2, 17)
@@ -181,11 +181,6 @@ def of_channels(bits: Bits, choices: Mapping[int, Tensor]) -> Tensor:
     return found
 
 
-def mean_bits(bits: Bits) -> float:
-    """Of a layer; its channels are equally large."""
-    return float(bits) if isinstance(bits, int) else sum(bits) / len(bits)
-
-
 def effective_bits(plan: Mapping[str, Bits], sizes: Mapping[str, int]) -> float:
     """Mean number of bits per weight.
 
@@ -203,7 +198,6 @@ __all__ = [
     "check_bits",
     "chosen_layers",
     "effective_bits",
-    "mean_bits",
     "of_channels",
     "round_weight",
 ]

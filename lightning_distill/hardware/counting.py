@@ -142,7 +142,7 @@ class _Counter(TorchDispatchMode):
         for name, weight in plan.items():
             layer: Any = model.get_submodule(name)
             self._weights[_place(layer.weight)] = weight
-            inputs = getattr(layer, "activation_bits", None) if getattr(layer, "needs_range", False) else None
+            inputs = layer.activation_bits if getattr(layer, "needs_range", False) else None
             self._bits[name] = (weight, max(weight, inputs or own), inputs)
         self._own = own
         self._readers = Readers(frozenset(name for name, (_, _, inputs) in self._bits.items() if inputs is not None))

@@ -22,7 +22,7 @@ from lightning_distill.quantization.fake_quantize import (
     lsq_gradient_scale,
 )
 from lightning_distill.quantization.scales import affine_scale, minmax_scale, mse_affine_scale, mse_scale
-from lightning_distill.quantization.spec import Bits, QuantSpec
+from lightning_distill.quantization.spec import Bits, QuantSpec, mean_bits
 from lightning_distill.quantization.surrogate import dsq_fake_quantize
 
 STEPS = ("log_weight_scale", "log_activation_scale", "activation_zero_point", "log_sharpness")
@@ -96,7 +96,7 @@ class QuantizedLayer(nn.Module):
     @property
     def mean_weight_bits(self) -> float:
         """Bits of a weight in the mean over channels."""
-        return float(self.bits) if isinstance(self.bits, int) else sum(self.bits) / len(self.bits)
+        return mean_bits(self.bits)
 
     def set_bits(self, bits: Bits | Sequence[int], name: str = "the layer") -> None:
         """Give the weights other numbers of bits; their steps are found anew, and no parameter comes or goes.

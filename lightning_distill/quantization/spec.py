@@ -78,8 +78,8 @@ class QuantSpec:
         several = isinstance(bits, (list, tuple))
         found = tuple(bits) if isinstance(bits, (list, tuple)) else (bits,)
         if not found or not all(_is_whole(own) and own in (range(1, 9) if several else ALL_BITS) for own in found):
-            expected = "must give each channel 1 to 8 bits" if several else "must be 1 to 8 bits, or 16 or 32 to keep "
-            raise ValueError(f"`{name}` {expected}{'' if several else 'floating point'}, got {bits!r}.")
+            one = "must be 1 to 8 bits, or 16 or 32 to keep floating point"
+            raise ValueError(f"`{name}` {'must give each channel 1 to 8 bits' if several else one}, got {bits!r}.")
         if 1 in found and self.scheme in ("lsq", "minmax"):
             raise ValueError(
                 f"One bit has no level at 0, which scheme={self.scheme!r} needs: use scheme='seq' or 'fixed', or "
@@ -114,6 +114,11 @@ class QuantSpec:
     def learns(self) -> bool:
         """Whether step sizes are trained."""
         return self.scheme in ("auto", "lsq", "seq")
+
+
+def mean_bits(bits: Bits) -> float:
+    """Of a weight of a layer, whose channels are equally large."""
+    return float(bits) if isinstance(bits, int) else sum(bits) / len(bits)
 
 
 def _is_whole(value: object) -> bool:

@@ -126,12 +126,14 @@ def test_bad_tables_are_refused():
         ((errors, {"b": 40}, BITS, 100.0), r"same layers, got \['a'\] and \['b'\]"),
         (
             ({"a": torch.ones(4, 2)}, sizes, BITS, 100.0),
-            r"of shape \(channels, 3\), finite somewhere in each row, got \(4, 2\)",
+            r"`errors` of 'a' must be of shape \(channels, 3\), got \(4, 2\)",
         ),
         (
             ({"a": torch.ones(4, 3) / 0}, sizes, BITS, 100.0),
-            r"`errors` of 'a' must be of shape \(channels, 3\), finite somewhere in each row",
+            "`errors` of 'a' must be numbers, infinite where .* and finite somewhere in each row",
         ),
+        (({"a": torch.ones(4, 3) * math.nan}, sizes, BITS, 100.0), "`errors` of 'a' must be numbers"),
+        (({"a": torch.tensor([[math.nan, 1.0, 0.0]])}, sizes, BITS, 100.0), "`errors` of 'a' must be numbers"),
         ((errors, sizes, BITS, 79.0), "`budget` is 79, but the cheapest plan costs 80. Raise it"),
     ):
         with pytest.raises(ValueError, match=message):
